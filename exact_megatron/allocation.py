@@ -1,0 +1,156 @@
+"""From a census to a weight for every effective context (arXiv 2605.10544, section 4). numpy only."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from .config import ExactConfig
+from .exposure import ExposureCensus, bucket_sums, log2_bucket_edges
+
+
+class WeightTable:
+    """Weight of a target by its effective context.
+
+    With q_b = c_b / sum_T c over the tail T (buckets with lower edge >= tau) and r_b = (q_b + eps)^-gamma:
+    w_b = 1 + alpha r_b / sum_T(q r) in the tail and 1 elsewhere, so that sum_T q_b (w_b - 1) = alpha.
+
+    Attributes:
+        seq_length: window S in tokens.
+        edges: int64[B + 1], lower edges of the buckets, then S + 1.
+        bucket_weights: float64[B], w_b before normalization.
+        lookup: float32[S + 1], the weight given to a target with effective context l.
+        marks: float32[T], the tail's weights in `lookup`, one per tail bucket in order of context. Pairwise distinct and
+            distinct from the short part's, so that a target's bucket can be told from its weight; empty with alpha = 0,
+            where every weight is exactly 1.
+        mean: corpus mean of `lookup`.
+        digest: 16 hex digits that change with the window and any weight.
+    """
+
+    def __init__(self, counts: np.ndarray, seq_length: int, config: ExactConfig) -> None:
+        config = config.validated(seq_length)
+        tau = config.tau
+        assert tau is not None
+        self.config = config
+        self.seq_length = seq_length
+        self.counts = np.asarray(counts, np.int64)
+        self.edges = log2_bucket_edges(seq_length)
+        self.tail = np.flatnonzero(self.edges[:-1] >= tau)
+        bucket_counts = bucket_sums(self.counts, seq_length)
+        self.bucket_weights = _bucket_weights(bucket_counts, self.tail, config, self.counts)
+
+        scale = 1.0
+        if config.normalization == "corpus":
+            scale = float(bucket_counts @ self.bucket_weights / bucket_counts.sum())
+        applied = (self.bucket_weights / scale).astype(np.float32)
+        self.marks = np.empty(0, np.float32)
+        if config.alpha > 0:
+            applied = _pairwise_distinct(applied, self.tail)
+            self.marks = applied[self.tail]
+        self.lookup = np.repeat(applied, np.diff(self.edges))
+        self.mean = float(self.counts @ self.lookup.astype(np.float64) / self.counts.sum())
+        self.digest = hashlib.sha256(f"{seq_length} ".encode() + self.lookup.tobytes()).hexdigest()[:16]
+
+    @classmethod
+    def from_census(cls, census: ExposureCensus, config: ExactConfig) -> WeightTable:
+        """Weights for the stream that was counted.
+
+        Raises:
+            ValueError: no target lies in the tail.
+        """
+        return cls(census.counts, census.seq_length, config)
+
+    @classmethod
+    def from_counts(
+        cls,
+        counts: np.ndarray,
+        seq_length: int,
+        *,
+        alpha: float = ExactConfig.alpha,
+        gamma: float = ExactConfig.gamma,
+        tau: int | None = ExactConfig.tau,
+        eps: float = ExactConfig.eps,
+        normalization: str = ExactConfig.normalization,
+        max_weight: float | None = ExactConfig.max_weight,
+    ) -> WeightTable:
+        """Weights from int64[S + 1] targets by effective context."""
+        config = ExactConfig(
+            alpha=alpha, gamma=gamma, tau=tau, eps=eps, normalization=normalization, max_weight=max_weight
+        )
+        return cls(ExposureCensus(counts, seq_length, 0).counts, seq_length, config)
+
+    @classmethod
+    def measuring(cls, seq_length: int) -> WeightTable:
+        """Weights that differ by a rounding step from bucket to bucket: they mark every bucket for a report of unweighted
+        losses by effective context, and are never trained with."""
+        return cls.from_counts(
+            np.ones(seq_length + 1, np.int64), seq_length, alpha=1.0, gamma=0.0, tau=0, normalization="none"
+        )
+
+    @property
+    def part_names(self) -> list[str]:
+        """Names of the parts of the context range that weights tell apart: the short part, if there is one, then a name for
+        each of `marks`: ["0-1023", "1024-2047", "2048-4096"]. Empty with alpha = 0."""
+        if not len(self.marks):
+            return []
+        short = [f"0-{self.edges[self.tail[0]] - 1}"] if self.tail[0] else []
+        return short + [f"{self.edges[b]}-{self.edges[b + 1] - 1}" for b in self.tail]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a bucket: low, high (inclusive), targets, share, weight (as applied), weighted_share."""
+        counts = bucket_sums(self.counts, self.seq_length)
+        weight = self.lookup[self.edges[:-1]].astype(np.float64)
+        mass = counts * weight
+        return [
+            {
+                "low": int(self.edges[b]),
+                "high": int(self.edges[b + 1] - 1),
+                "targets": int(counts[b]),
+                "share": float(counts[b] / counts.sum()),
+                "weight": float(weight[b]),
+                "weighted_share": float(mass[b] / mass.sum()),
+            }
+            for b in range(len(counts))
+        ]
+
+    @property
+    def tail_share(self) -> float:
+        """Share of the supervised targets that lie in the tail."""
+        return sum(row["share"] for row in self.rows() if row["low"] >= self.edges[self.tail[0]])
+
+    @property
+    def weighted_tail_share(self) -> float:
+        """Share of the loss weight that lies in the tail."""
+        return sum(row["weighted_share"] for row in self.rows() if row["low"] >= self.edges[self.tail[0]])
+
+
+def _bucket_weights(bucket_counts: np.ndarray, tail: np.ndarray, config: ExactConfig, counts: np.ndarray) -> np.ndarray:
+    in_tail = bucket_counts[tail]
+    if in_tail.sum() == 0:
+        longest = int(np.flatnonzero(counts)[-1]) if counts.any() else 0
+        raise ValueError(
+            f"no target has an effective context of tau={config.tau} or more in a window of {len(counts) - 1} tokens: the longest "
+            f"seen is {longest}. Set model.exact.tau to at most {longest}, or use longer documents"
+        )
+    q = in_tail / in_tail.sum()
+    filled = np.flatnonzero(in_tail)
+    r = np.zeros(len(tail))
+    r[filled] = (q[filled] + config.eps) ** -config.gamma
+    for empty in np.flatnonzero(in_tail == 0):  # the nearest bucket that has targets; of two, the shorter context
+        r[empty] = r[filled[np.argmin(np.abs(filled - empty))]]
+    weights = np.ones(len(bucket_counts))
+    weights[tail] += config.alpha * r / (q @ r)
+    return weights if config.max_weight is None else np.minimum(weights, config.max_weight)
+
+
+def _pairwise_distinct(applied: np.ndarray, tail: np.ndarray) -> np.ndarray:
+    """Raise equal weights by one rounding step each, from the short part's weight upwards."""
+    applied = applied.copy()
+    below = applied[0] if tail[0] else np.float32(0)
+    for bucket in sorted(tail, key=lambda b: (applied[b], b)):
+        if applied[bucket] <= below:
+            applied[bucket] = np.nextafter(below, np.float32(np.inf))
+        below = applied[bucket]
+    return applied

@@ -1,0 +1,191 @@
+"""GPTDataset that weights its targets, and the blended builder that gives every member the same table."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from .allocation import WeightTable
+from .config import ExactConfig
+from .exposure import ExposureCensus, effective_context
+from .loss import ExactLoss
+from .packing import sample_pieces
+
+logger = logging.getLogger(__name__)
+
+
+class ExactGPTDataset(GPTDataset):
+    """GPTDataset whose `loss_mask` carries the EXACT weight of each supervised target.
+
+    Without a table, samples are bitwise those of GPTDataset. With `emit_cu_seqlens`, samples also hold `cu_seqlens`:
+    int32[S + 1], the boundaries of the documents in the sample, filled up with S (the form of megatron-core 0.19's
+    inter_document_masking).
+    """
+
+    weight_table: WeightTable | None = None
+    emit_cu_seqlens = False
+
+    def attach(self, table: WeightTable, loss: ExactLoss) -> None:
+        """Weight the samples by `table`, which `loss` will read.
+
+        Raises:
+            ValueError: the table is for another window.
+            RuntimeError: `loss` has not wrapped a loss function or is bound to another table.
+        """
+        if table.seq_length != self.config.sequence_length:
+            raise ValueError(
+                f"the weight table is for a window of {table.seq_length}, the dataset has {self.config.sequence_length}"
+            )
+        if not loss.wrapped or loss.table is None or loss.table.digest != table.digest:
+            raise RuntimeError(
+                "a weighted dataset needs its loss hook: call ExactLoss.wrap(loss_func) and ExactLoss.bind(table) with the "
+                "same table first"
+            )
+        self.weight_table = table
+
+    def pieces(self, idx: int) -> tuple[np.ndarray, bool]:
+        """Boundaries int64[pieces + 1] of the documents in sample `idx`, and whether its last target is in the last one.
+
+        See packing.sample_pieces.
+        """
+        if self.shuffle_index is None:  # defer_npy_index_mmap: loaded at the first query
+            self._query_document_sample_shuffle_indices(idx)
+        return sample_pieces(
+            self.document_index,
+            self.sample_index,
+            self.dataset.sequence_lengths,
+            int(self.shuffle_index[idx]),
+            self.config.sequence_length,
+            int(self.config.add_extra_token_to_sequence),
+        )
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(idx)
+        if self.weight_table is None and not self.emit_cu_seqlens:
+            return sample
+        cu_seqlens, continues = self.pieces(idx or 0)
+        if self.weight_table is not None:
+            weights = self.weight_table.lookup[effective_context(cu_seqlens, continues)]
+            # Out of place: up to megatron-core 0.14 the mask is a tensor shared between samples.
+            sample["loss_mask"] = sample["loss_mask"] * torch.from_numpy(weights)
+        if self.emit_cu_seqlens:
+            padded = torch.full((self.config.sequence_length + 1,), self.config.sequence_length, dtype=torch.int32)
+            padded[: len(cu_seqlens)] = torch.from_numpy(cu_seqlens)
+            sample["cu_seqlens"] = padded
+        return sample
+
+
+class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
+    """BlendedMegatronDatasetBuilder that builds ExactGPTDataset and weights all splits by the census of the training split.
+
+    Args:
+        cls, sizes, is_built_on_rank, config: as BlendedMegatronDatasetBuilder; cls is GPTDataset or ExactGPTDataset.
+        exact: the settings; disabled, the samples are the stock ones.
+        loss: the hook that will read the weights; its `bind` gets the table on every rank.
+        emit_cu_seqlens: samples carry the documents' boundaries.
+
+    After `build`, `census` and `table` hold what was counted and used (None when disabled), on every rank.
+    """
+
+    def __init__(
+        self,
+        cls: type[GPTDataset],
+        sizes: list[int],
+        is_built_on_rank: Callable[[], bool],
+        config: GPTDatasetConfig,
+        *,
+        exact: ExactConfig,
+        loss: ExactLoss,
+        emit_cu_seqlens: bool = False,
+    ) -> None:
+        if cls is GPTDataset:
+            cls = ExactGPTDataset
+        if not issubclass(cls, ExactGPTDataset):
+            raise ValueError(
+                f"EXACT weights the samples of GPTDataset, not of {cls.__name__} (mock, FIM and SFT data have no document "
+                "pieces that it knows): give real .bin/.idx data, or set model.exact.enabled=false"
+            )
+        super().__init__(cls, sizes, is_built_on_rank, config)
+        self.exact = exact.validated(config.sequence_length) if exact.enabled else exact
+        self.loss = loss
+        self.emit_cu_seqlens = emit_cu_seqlens
+        self.census: ExposureCensus | None = None
+        self.table: WeightTable | None = None
+
+    def build(self) -> list[Any]:
+        """Build the splits (see BlendedMegatronDatasetBuilder.build), and weight them when enabled. Call on every rank.
+
+        Raises:
+            ValueError: there is no training split to count, or no target of it lies in the tail.
+            RuntimeError: no loss function is hooked.
+        """
+        datasets = super().build()
+        if self.exact.enabled:
+            self.census = _from_rank_0(lambda: self._census(datasets[0]))
+            self.table = WeightTable.from_census(self.census, self.exact)
+            self.loss.bind(self.table)
+        for member in members(datasets):
+            member.emit_cu_seqlens = self.emit_cu_seqlens
+            if self.table is not None:
+                member.attach(self.table, self.loss)
+        return datasets
+
+    def _census(self, train: Any) -> ExposureCensus:
+        if train is None:
+            raise ValueError("there is no training split: EXACT takes its weights from the training stream")
+        path = _census_path(train, self.config)
+        if os.path.isfile(path):
+            return ExposureCensus.load(path)
+        census = ExposureCensus.from_blend(train) if isinstance(train, BlendedDataset) else ExposureCensus.from_dataset(train)
+        try:
+            census.save(path)
+        except OSError as error:
+            logger.warning("the census could not be cached (%s): it is counted again at the next start", error)
+        return census
+
+
+def members(datasets: Iterable[Any]) -> Iterator[ExactGPTDataset]:
+    """All GPT datasets in what a builder returned: splits that are None, single, blended or lists of validation sets."""
+    for dataset in datasets:
+        if isinstance(dataset, BlendedDataset):
+            yield from members(dataset.datasets)
+        elif isinstance(dataset, (list, tuple)):
+            yield from members(dataset)
+        elif dataset is not None:
+            yield dataset
+
+
+def _census_path(train: Any, config: GPTDatasetConfig) -> str:
+    """Beside Megatron's index caches, under a name that changes with all that the counts depend on."""
+    parts = list(members([train]))
+    digest = hashlib.md5(train.unique_description.encode(), usedforsecurity=False)
+    digest.update(repr((bool(config.add_extra_token_to_sequence), bool(config.eod_mask_loss))).encode())
+    for part in parts:  # the description names paths, not what lies there
+        digest.update(np.ascontiguousarray(part.dataset.sequence_lengths))
+    folder = config.path_to_cache or os.path.join(parts[0].dataset.path_prefix, "cache", f"{type(parts[0]).__name__}_indices")
+    return os.path.join(folder, f"{digest.hexdigest()}-{type(parts[0]).__name__}-train-census.json")
+
+
+def _from_rank_0(make: Callable[[], Any]) -> Any:
+    """Make a value on rank 0 and give it to all; an error on rank 0 is raised on all."""
+    if not torch.distributed.is_initialized():
+        return make()
+    box: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            box = [make()]
+        except Exception as error:  # handed to all ranks, which raise it
+            box = [error]
+    torch.distributed.broadcast_object_list(box, src=0)
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return box[0]

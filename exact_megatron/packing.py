@@ -1,0 +1,208 @@
+"""Document pieces of packed samples, from the index alone: no token is read. numpy only.
+
+Megatron (megatron/core/datasets/gpt_dataset.py) lays the documents of an epoch, in the order of `document_index`, end to end
+and cuts the stream into samples of S input tokens; with the extra token, sample i also holds token (i + 1) * S as its last
+label. A piece is what one sample holds of one document.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+# megatron/core/datasets/indexed_dataset.py: DType
+_DTYPES = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+
+
+@dataclass(frozen=True)
+class TokenIndex:
+    """What a .idx file says: lengths int32[sequences] in tokens (memory-mapped), the token dtype, the prefix it came from."""
+
+    prefix: str
+    lengths: np.ndarray
+    dtype: np.dtype
+
+
+def read_index(prefix: str) -> TokenIndex:
+    """Open `prefix`.idx and check it against `prefix`.bin, reading no token.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: the .idx is not a Megatron index, is cut short, holds no whole-number tokens, or the .bin has another
+            size than the index says.
+    """
+    prefix = str(prefix)
+    prefix = prefix[:-4] if prefix.endswith((".idx", ".bin")) else prefix
+    idx, bin_ = prefix + ".idx", prefix + ".bin"
+    for path, other in ((idx, bin_), (bin_, idx)):
+        if not os.path.isfile(path):
+            beside = f" although {other} is there" if os.path.isfile(other) else ""
+            raise FileNotFoundError(
+                f"{path} does not exist{beside}: give the common prefix of a Megatron .bin/.idx pair, "
+                f"as `exact-megatron prepare --output {prefix}` writes it"
+            )
+    size = os.path.getsize(idx)
+    with open(idx, "rb") as stream:
+        head = stream.read(_HEADER.size)
+    if len(head) < _HEADER.size or not head.startswith(_MAGIC):
+        raise ValueError(f"{idx} is not a Megatron index (it starts with {head[:9]!r}): prepare the data again")
+    _, version, code, sequences, documents = _HEADER.unpack(head)
+    if version != 1 or code not in _DTYPES:
+        raise ValueError(f"{idx} has version {version} and dtype code {code}; known are version 1 and {sorted(_DTYPES)}")
+    dtype = np.dtype(_DTYPES[code])
+    if dtype.kind not in "ui":
+        raise ValueError(f"{idx} says its tokens are {dtype}; token ids are whole numbers: this is not text data")
+    least = _HEADER.size + sequences * 12 + documents * 8
+    if size < least:
+        raise ValueError(
+            f"{idx} is cut short: {size} bytes where {sequences} sequences need {least}; copy or prepare it again"
+        )
+    if sequences == 0:
+        raise ValueError(f"{idx} holds no sequence: there is nothing to train on")
+    lengths = np.memmap(idx, dtype=np.int32, mode="r", offset=_HEADER.size, shape=(sequences,))
+    pointer = np.memmap(idx, dtype=np.int64, mode="r", offset=_HEADER.size + sequences * 4, shape=(sequences,))
+    expected = int(pointer[-1]) + int(lengths[-1]) * dtype.itemsize
+    actual = os.path.getsize(bin_)
+    if actual != expected:
+        raise ValueError(
+            f"{bin_} has {actual} bytes where {idx} describes {expected} ({dtype} tokens): "
+            "it is truncated or belongs to another index; copy or prepare it again"
+        )
+    return TokenIndex(prefix, lengths, dtype)
+
+
+def sample_pieces(
+    document_index: np.ndarray,
+    sample_index: np.ndarray,
+    lengths: np.ndarray,
+    sample: int,
+    seq_length: int,
+    extra_token: int = 1,
+) -> tuple[np.ndarray, bool]:
+    """Boundaries of the pieces in one packed sample.
+
+    Args:
+        document_index: int32[epochs * documents], documents in packed order.
+        sample_index: int[samples + 1, 2], (position in document_index, token offset) where each sample starts.
+        lengths: int32[documents], tokens per document.
+        sample: the sample, after the shuffle index.
+        seq_length: input tokens S.
+        extra_token: 1 when the sample holds one more token for the last label, else 0.
+
+    Returns:
+        (cu_seqlens int64[pieces + 1] from 0 to S, continues): `continues` says that the last label belongs to the last piece. A
+        sample shorter than S (the last one of a validation split) ends with its last document and is padded: the padding
+        is folded into the last piece and its targets are masked.
+    """
+    (first, offset), (last, end) = sample_index[sample], sample_index[sample + 1]
+    sizes = lengths[document_index[first : last + 1]].astype(np.int64)
+    sizes[-1] = end  # of the last document, up to where the next sample starts
+    sizes[0] -= offset
+    cu = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=cu[1:])
+    continues = bool(extra_token) and sizes[-1] > 0 and cu[-1] == seq_length
+    if (sizes <= 0).any():  # empty documents, or a sample that ends with a document: its label token opens the next one
+        cu = np.concatenate([cu[:1], cu[1:][sizes > 0]])
+    cu[-1] = seq_length
+    return cu, continues
+
+
+@dataclass
+class PieceHistogram:
+    """Pieces by length, over a set of samples.
+
+    Attributes:
+        ended: int64[S + 1], pieces whose last target is the next document's first token.
+        continued: int64[S + 1], pieces whose document goes on in the next sample.
+        closing: samples that end together with a document, which is counted in `ended`.
+    """
+
+    ended: np.ndarray
+    continued: np.ndarray
+    closing: int
+
+
+def _chunks(lengths: np.ndarray, document_index: np.ndarray | None, chunk: int) -> Iterator[np.ndarray]:
+    """Yield document lengths in packed order, at most `chunk` at a time."""
+    total = len(lengths) if document_index is None else len(document_index)
+    for start in range(0, total, chunk):
+        part = slice(start, start + chunk)
+        yield lengths[part] if document_index is None else lengths.take(document_index[part])
+
+
+def stream_tokens(lengths: np.ndarray, document_index: np.ndarray | None = None, chunk: int = 1 << 19) -> int:
+    """Tokens of the packed stream."""
+    return sum(int(part.sum(dtype=np.int64)) for part in _chunks(lengths, document_index, chunk))
+
+
+def piece_histogram(
+    lengths: np.ndarray,
+    seq_length: int,
+    *,
+    samples: int,
+    document_index: np.ndarray | None = None,
+    chosen: np.ndarray | None = None,
+    chunk: int = 1 << 19,
+) -> PieceHistogram:
+    """Histogram the pieces of the first `samples` samples in one pass over the documents.
+
+    Args:
+        lengths: int[documents], tokens per document, EOD included.
+        seq_length: input tokens per sample S.
+        samples: samples of the stream, in packed order; the stream must reach to their end.
+        document_index: int[n], documents in packed order; None is the stored order.
+        chosen: bool[samples], count only these samples (a blend draws only some of a member's); None counts all.
+        chunk: documents held at once.
+    """
+    s = seq_length
+    ended = np.zeros(s + 1, np.int64)
+    continued = np.zeros(s + 1, np.int64)
+    closing = 0
+    stream_end = samples * s
+    offset = 0  # stream position of the chunk's first token
+    for part in _chunks(lengths, document_index, chunk):
+        size = part.astype(np.int64)  # a copy: documents that are cut or left out are set to 0 below
+        end = np.cumsum(size)
+        end += offset
+        # Sample ends that lie in this chunk, and the document that holds the token before each.
+        boundary = np.arange(offset // s + 1, min(int(end[-1]), stream_end) // s + 1) * s
+        document = np.searchsorted(end, boundary)
+        cut = end[document] > boundary
+        closed = boundary[~cut] // s - 1  # samples that end together with a document
+        document, boundary = document[cut], boundary[cut]
+        head = np.minimum(boundary - (end[document] - size[document]), s)
+        rest = end[document] - boundary
+        final = (rest <= s) & (boundary < stream_end)  # the document's last piece follows this boundary
+        rest, sample = rest[final], boundary // s
+        size[document] = 0
+        if int(end[-1]) > stream_end:  # the documents behind the last sample; one across its end was cut
+            size[end > stream_end] = 0
+        if chosen is not None:
+            closed = closed[chosen[closed]]
+            head = head[chosen[sample - 1]]
+            rest = rest[chosen[sample[final]]]
+            inside = size > 0
+            size = size[inside][chosen[(end[inside] - 1) // s]]
+        ended += np.bincount(size, minlength=s + 1) + np.bincount(rest, minlength=s + 1)
+        continued += np.bincount(head, minlength=s + 1)
+        closing += len(closed)
+        offset = int(end[-1])
+        if offset >= stream_end:
+            break
+    ended[0] = 0  # empty documents have no piece
+    return PieceHistogram(ended, continued, closing)

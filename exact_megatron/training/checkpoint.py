@@ -1,0 +1,135 @@
+"""Checkpoints by megatron.core.dist_checkpointing: any layout loads what any other saved.
+
+A run directory holds `checkpoints/step_00000100/`, ... A checkpoint is written to a name that ends in `.partial` and renamed when
+every rank has finished, so that a directory without the ending is whole.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from ..config import ExactConfig
+from .config import RunConfig
+
+_STEP = re.compile(r"step_(\d+)$")
+# Optimizer state per parameter, as a plain optimizer has it: loads under any tensor, pipeline and data parallel size.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    found = Path(run_dir, "checkpoints").glob("step_*")
+    return sorted((p for p in found if _STEP.fullmatch(p.name)), key=lambda p: int(p.name.split("_")[1]))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint at `path`: itself, or the newest of a run directory.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(path)
+    if _STEP.fullmatch(path.name) and (path / "metadata.json").is_file():
+        return path
+    found = checkpoints(path)
+    if not found:
+        raise FileNotFoundError(f"no checkpoint at {path}: give a run directory with checkpoints/step_N, or such a folder itself")
+    return found[-1]
+
+
+def _model_state(model: list[Any]) -> dict[str, Any]:
+    names = ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
+    return {name: chunk.module.sharded_state_dict(metadata=_METADATA) for name, chunk in zip(names, model)}
+
+
+def save(run_dir: str | Path, step: int, model: list[Any], optimizer: Any, scheduler: Any, state: dict[str, Any], keep: int) -> Path:
+    """Write checkpoint `step` on all ranks and remove all but the newest `keep` (-1: none).
+
+    Args:
+        state: what `load` returns: step, consumed samples, the run's EXACT settings and digests; plain Python values.
+    """
+    final = Path(run_dir, "checkpoints", f"step_{step:08d}")
+    partial = final.with_name(final.name + ".partial")
+    first = torch.distributed.get_rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it saved
+        partial.mkdir(parents=True)
+    torch.distributed.barrier()
+    sharded = _model_state(model)
+    sharded["optimizer"] = optimizer.sharded_state_dict(sharded, metadata=_METADATA)
+    sharded["scheduler"] = scheduler.state_dict()
+    sharded["state"] = state
+    dist_checkpointing.save(sharded, str(partial), content_metadata=_METADATA)
+    torch.distributed.barrier()
+    if first:
+        shutil.rmtree(final, ignore_errors=True)  # the same step, saved by a run that was then told to start over
+        partial.rename(final)
+        if keep > 0:
+            for old in checkpoints(run_dir)[:-keep]:
+                shutil.rmtree(old)
+    torch.distributed.barrier()
+    return final
+
+
+def load(path: Path, model: list[Any], optimizer: Any = None, scheduler: Any = None) -> dict[str, Any]:
+    """Load weights and, where given, optimizer and schedule; returns the `state` that was saved."""
+    sharded = _model_state(model)
+    if optimizer is not None:
+        sharded["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_METADATA)
+    loaded = dist_checkpointing.load(sharded, str(path))
+    for name, chunk in zip(sharded, model):
+        chunk.module.load_state_dict(loaded[name])
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+        scheduler.load_state_dict(loaded["scheduler"])
+    return loaded["state"]
+
+
+def refuse_changed_run(state: dict[str, Any], now: dict[str, Any], run: RunConfig) -> None:
+    """Compare what a checkpoint was trained with to what the run would go on with.
+
+    Raises:
+        ValueError: other data, window or batch size; or other EXACT settings or another census, unless
+            model.exact.allow_changed_weights.
+    """
+    for key, name in (("global_batch_size", "model.global_batch_size"), ("seq_length", "model.data.seq_length")):
+        if state[key] != now[key]:
+            raise ValueError(
+                f"the checkpoint was trained with {name}={state[key]}, this run has {now[key]}: the order of the data would change. "
+                "Start a new stage from its weights with restore_from_path instead"
+            )
+    changed = {
+        key: (state["exact"].get(key), value)
+        for key, value in now["exact"].items()
+        if key not in ("log_buckets", "allow_changed_weights", "allow_unmasked_documents") and state["exact"].get(key) != value
+    }
+    for key in ("census", "weights"):
+        if state[key] != now[key]:
+            changed[key] = (state[key], now[key])
+    if changed and not run.model.exact.allow_changed_weights:
+        listed = ", ".join(f"{key}: checkpoint {old}, now {new}" for key, (old, new) in changed.items())
+        raise ValueError(
+            f"the checkpoint was trained with other EXACT weights ({listed}). Put the settings or the data back, or accept the "
+            "change with model.exact.allow_changed_weights=true"
+        )
+
+
+def describe(run: RunConfig, step: int, census: str | None, weights: str | None) -> dict[str, Any]:
+    """The `state` of a checkpoint."""
+    exact: ExactConfig = run.model.exact
+    return {
+        "step": step,
+        "consumed_samples": step * run.model.global_batch_size,
+        "global_batch_size": run.model.global_batch_size,
+        "seq_length": run.model.data.seq_length,
+        "exact": exact.to_dict(),
+        "census": census,
+        "weights": weights,
+        "config": run.to_yaml(),
+    }

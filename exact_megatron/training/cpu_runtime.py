@@ -1,0 +1,114 @@
+"""megatron-core on a CPU: what assumes an NVIDIA device is answered by the CPU.
+
+Installed once per process, and only where torch has no CUDA. Megatron-core 0.16 and 0.19 ask for the current CUDA device,
+streams, CUDA random states and `device="cuda"` tensors in places that a gloo run never needs a GPU for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_installed: _CudaMeansCpu | None = None
+
+
+def install() -> None:
+    """Make megatron-core run on the CPU in this process; calling it again does nothing.
+
+    Raises:
+        RuntimeError: torch has CUDA; a run on a GPU must not be answered by the CPU.
+    """
+    global _installed
+    if _installed is not None:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError("the CPU runtime is for machines without CUDA: set trainer.accelerator=gpu")
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.synchronize = cuda.empty_cache = lambda *args, **kwargs: None
+    cuda.current_stream = cuda.default_stream = lambda device=None: _Inert()
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed) and None
+    rng: Any = megatron_random
+    rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    _restore_torch_adam_steps()
+    _installed = _CudaMeansCpu()
+    _installed.__enter__()
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _Inert:
+    """A stream on which nothing is ever pending."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Sends device="cuda" factories and moves to the CPU, and gives Tensor.type() the names Megatron's optimizer looks for."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        if kwargs:
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+            if _is_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": _CPU}
+        return func(*args, **kwargs)
+
+
+def _restore_torch_adam_steps() -> None:
+    """Let the distributed optimizer resume with torch's Adam.
+
+    Megatron's distributed optimizer is written for Transformer Engine's and apex's Adam, which keep `step` in the parameter
+    group. torch's keeps a tensor per parameter, which a load leaves at 0, silently: bias correction starts again.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer as Distributed
+
+    save, load = Distributed.sharded_state_dict, Distributed.load_state_dict
+    set_states = Distributed._set_main_param_and_optimizer_states
+
+    def sharded_state_dict(self: Any, model_state: Any, is_loading: bool = False, *args: Any, **kwargs: Any) -> Any:
+        if is_loading and not self.optimizer.state:
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        return save(self, model_state, is_loading, *args, **kwargs)
+
+    def load_state_dict(self: Any, state: Any) -> None:
+        step = float(state["optimizer"]["param_groups"][0]["step"])  # read before the load pairs the groups in place
+        with torch.no_grad():  # fp32 main parameters are views of leaves
+            load(self, state)
+        for values in self.optimizer.state.values():
+            values["step"] = torch.tensor(step)
+
+    def set_states_and_step(self: Any, model_parameter: Any, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_parameter]
+        mine = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        set_states(self, model_parameter, {"step": mine["step"], **tensors})
+
+    Distributed._set_main_param_and_optimizer_states = set_states_and_step
+    Distributed.sharded_state_dict = sharded_state_dict
+    Distributed.load_state_dict = load_state_dict

@@ -1,0 +1,207 @@
+"""Packed samples for the native runner: datasets, loader and the batch of one rank."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from ..attention import document_boundaries
+from ..dataset import ExactDatasetBuilder
+from ..loss import ExactLoss
+from ..packing import read_index
+from .config import RunConfig, parse_blend
+
+SCANNED_TOKENS = 1 << 28  # tokens of each file that are read before training to check them against the vocabulary
+
+
+@dataclass
+class Vocabulary:
+    """What GPTDataset asks of a tokenizer."""
+
+    vocab_size: int
+    eod: int
+    pad: int = -1
+
+    @property
+    def unique_identifiers(self) -> dict[str, Any]:
+        return {"class": "Vocabulary", "vocab_size": self.vocab_size, "eod": self.eod}
+
+    @property
+    def special_tokens_dict(self) -> dict[str, int]:
+        return {"eod": self.eod}
+
+
+def data_prefixes(run: RunConfig) -> dict[str, tuple[list[str], list[float] | None] | None]:
+    """Blends by split, or under "all" the one that splits_string divides."""
+    given = run.model.data.data_prefix
+    if not isinstance(given, dict):
+        return {"all": parse_blend(given if isinstance(given, list) else [given])}
+    names = ("train", "validation", "test")
+    for name in given:
+        if name not in names:
+            raise ValueError(f"model.data.data_prefix has splits {', '.join(names)}, not {name!r}")
+    return {name: parse_blend(given[name]) if given.get(name) else None for name in names}
+
+
+def read_vocabulary(run: RunConfig) -> Vocabulary:
+    """Check every .bin/.idx pair and take vocabulary size and EOD from the configuration or from PREFIX.json.
+
+    Raises:
+        FileNotFoundError, ValueError: see packing.read_index; also for members with different vocabularies, for a size that
+            nobody gives, and for token ids beyond the vocabulary.
+    """
+    data = run.model.data
+    size, eod = run.model.override_vocab_size, data.eod_id
+    prefixes = sorted({p for blend in data_prefixes(run).values() if blend for p in blend[0]})
+    indices = [read_index(p) for p in prefixes]
+    for prefix in prefixes:
+        described = Path(prefix + ".json")
+        if not described.is_file():
+            continue
+        facts = json.loads(described.read_text())
+        for key, mine, theirs in (
+            ("model.override_vocab_size", size, facts["vocab_size"]),
+            ("model.data.eod_id", eod, facts["eod_id"]),
+        ):
+            if mine is not None and mine != theirs:
+                raise ValueError(f"{described} says {theirs} where {key} or another member of the blend says {mine}")
+        size, eod = facts["vocab_size"], facts["eod_id"]
+    if size is None or eod is None:
+        raise ValueError(
+            f"the vocabulary of {prefixes[0]} is not known, since there is no {prefixes[0]}.json: set model.override_vocab_size and "
+            "model.data.eod_id, or prepare the data with `exact-megatron prepare`"
+        )
+    for index in indices:
+        tokens = np.memmap(index.prefix + ".bin", dtype=index.dtype, mode="r")
+        step = max(1, -(-len(tokens) // SCANNED_TOKENS))
+        largest = max(int(tokens[i : i + (1 << 20)].max()) for i in range(0, len(tokens), step << 20))
+        if largest >= size:
+            raise ValueError(
+                f"{index.prefix}.bin holds token id {largest}, the vocabulary has {size}: it was made with another tokenizer, or "
+                "model.override_vocab_size is too small"
+            )
+    return Vocabulary(size, eod)
+
+
+def build_datasets(run: RunConfig, vocabulary: Vocabulary, loss: ExactLoss) -> tuple[list[Any], ExactDatasetBuilder]:
+    """Training, validation and test data (None where there is none), and the builder with its census and weight table."""
+    data, trainer = run.model.data, run.trainer
+    validations = 0
+    if trainer.limit_val_batches:
+        validations = trainer.max_steps // trainer.val_check_interval if trainer.val_check_interval else 0
+        validations += 1
+    # Every validation sees the same samples.
+    sizes = [trainer.max_steps * run.model.global_batch_size, min(validations, 1) * trainer.limit_val_batches, 0]
+    sizes[1] *= run.model.global_batch_size
+    blends = data_prefixes(run)
+    where: dict[str, Any] = (
+        {"blend": blends["all"], "split": data.splits_string}
+        if "all" in blends
+        else {"blend_per_split": [blends["train"], blends["validation"] if sizes[1] else None, None]}
+    )
+    config = GPTDatasetConfig(
+        random_seed=run.model.seed,
+        sequence_length=data.seq_length,
+        path_to_cache=data.index_mapping_dir,
+        tokenizer=vocabulary,  # type: ignore[arg-type]
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=data.eod_mask_loss,
+        create_attention_mask=False,
+        **where,
+    )
+    builder = ExactDatasetBuilder(
+        GPTDataset,
+        sizes,
+        lambda: True,
+        config,
+        exact=run.model.exact,
+        loss=loss,
+        emit_cu_seqlens=data.document_masking,
+    )
+    return builder.build(), builder
+
+
+class StepSampler:
+    """Sample numbers of this data-parallel rank, one micro-batch after another, in Megatron's order (so that the samples of a
+    step do not depend on the layout), starting after `consumed` samples."""
+
+    def __init__(self, run: RunConfig, rank: int, consumed: int, total: int) -> None:
+        self.size = run.model.micro_batch_size
+        self.stride = self.size * run.data_parallel_size
+        self.first = consumed + rank * self.size
+        self.total = total
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(self.first, self.total - self.size + 1, self.stride):
+            yield list(range(start, start + self.size))
+
+
+@dataclass
+class Collate:
+    """Micro-batch of samples: tensors [b, s], and `boundaries` int32, the documents' boundaries over the flattened batch.
+
+    Raises:
+        ValueError: a token id beyond the vocabulary.
+    """
+
+    vocab_size: int
+    seq_length: int
+
+    def __call__(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        boundaries = [np.unique(s.pop("cu_seqlens").numpy()) for s in samples if "cu_seqlens" in s]
+        batch = default_collate([{k: s[k] for k in ("tokens", "labels", "loss_mask", "position_ids")} for s in samples])
+        for key in ("tokens", "labels"):
+            largest = int(batch[key].max())
+            if largest >= self.vocab_size:
+                raise ValueError(f"a sample holds token id {largest}, the vocabulary has {self.vocab_size}")
+        if boundaries:
+            shifted = [cu[:-1] + i * self.seq_length for i, cu in enumerate(boundaries)]
+            end = np.array([len(samples) * self.seq_length])
+            batch["boundaries"] = torch.from_numpy(np.concatenate([*shifted, end]).astype(np.int32))
+        return batch
+
+
+def build_loader(run: RunConfig, dataset: Dataset[Any], vocabulary: Vocabulary, consumed: int) -> DataLoader[Any]:
+    """Loader of this rank's micro-batches. Every tensor-, context- and pipeline-parallel rank reads its own copy from the
+    memory-mapped file, so that nothing has to be broadcast and all stages know the boundaries."""
+    data = run.model.data
+    total = len(dataset)  # type: ignore[arg-type]
+    return DataLoader(
+        dataset,
+        batch_sampler=StepSampler(run, parallel_state.get_data_parallel_rank(), consumed, total),
+        num_workers=data.num_workers,
+        collate_fn=Collate(vocabulary.vocab_size, data.seq_length),
+        persistent_workers=data.num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+_CP_ARGUMENTS = (
+    {"is_hybrid_cp": False} if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters else {}
+)
+
+
+def get_batch(iterator: Iterator[dict[str, torch.Tensor]], device: torch.device) -> tuple[dict[str, torch.Tensor], Any]:
+    """Next micro-batch of this rank: ([b, s / cp] tensors in Megatron's zigzag order, boundaries or None)."""
+    batch = {k: v.to(device, non_blocking=True) if k != "boundaries" else v for k, v in next(iterator).items()}
+    cu_seqlens = batch.pop("boundaries", None)
+    packed = None
+    if cu_seqlens is not None:
+        size, seq_length = batch["tokens"].shape
+        packed = document_boundaries(cu_seqlens, seq_length, size, device=device)
+    batch = get_batch_on_this_cp_rank(
+        batch, cp_group=parallel_state.get_context_parallel_group(), **_CP_ARGUMENTS
+    )
+    return batch, packed

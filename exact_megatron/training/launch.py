@@ -1,0 +1,48 @@
+"""Starting the ranks of a run on this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+SHUTDOWN_SECONDS = 600  # for a checkpoint after a stop signal; torchrun's own default of 30 s would kill it half-way
+
+
+def is_rank() -> bool:
+    """Whether torchrun or srun started this process as one rank of several; srun's variables are then given torch's names.
+
+    Raises:
+        RuntimeError: srun started several tasks, but MASTER_ADDR does not say where they meet.
+    """
+    if "RANK" in os.environ:
+        return True
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        if "MASTER_ADDR" not in os.environ:
+            raise RuntimeError("srun started several tasks: set MASTER_ADDR (and MASTER_PORT) to the first node's address")
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        os.environ.setdefault("MASTER_PORT", "29500")
+        return True
+    return False
+
+
+def be_single_rank() -> None:
+    """Make this process the only rank."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = "0"  # any free port
+
+
+def torchrun(devices: int, arguments: list[str]) -> list[str]:
+    """Command that runs `python -m exact_megatron ARGUMENTS` as `devices` ranks on this machine, passing stop signals on."""
+    from torch.distributed.run import get_args_parser
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices)]
+    known = get_args_parser()._option_string_actions
+    for option, value in (
+        ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"),
+        ("--shutdown_timeout", str(SHUTDOWN_SECONDS)),
+    ):
+        if option in known:  # torch >= 2.9
+            command += [option, value]
+    return [*command, "-m", "exact_megatron", *arguments]

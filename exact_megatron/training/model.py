@@ -1,0 +1,234 @@
+"""From the configuration to megatron.core's model, DDP, optimizer and schedule."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ..attention import DocumentAttention, check_supported
+from .config import RunConfig
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm in megatron's form; megatron's own torch norm refuses sequence parallelism, where all that is needed is
+    the mark that makes finalize_model_grads sum the weight's gradient over tensor-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch's LayerNorm in megatron's form, see RMSNorm."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def uses_transformer_engine(run: RunConfig) -> bool:
+    """Whether the layers are Transformer Engine's.
+
+    Raises:
+        ValueError: asked for where it cannot be had, or FP8 without it.
+    """
+    wanted = run.model.transformer_engine
+    there = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    if wanted and not there:
+        raise ValueError("model.transformer_engine=true needs a GPU and the package transformer-engine")
+    if run.model.fp8 and (wanted is False or not there):
+        raise ValueError("model.fp8=true needs a GPU and Transformer Engine: install it, or set model.fp8=false")
+    return there if wanted is None else wanted
+
+
+def transformer_config(run: RunConfig) -> TransformerConfig:
+    """megatron.core's configuration of the model and its parallel layout."""
+    m = run.model
+    gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if run.trainer.precision == "bf16" else torch.float32
+    vpp = m.virtual_pipeline_model_parallel_size
+    swiglu = m.activation == "fast-swiglu"
+    fp8: dict[str, Any] = {}
+    if m.fp8:
+        fp8 = {
+            "fp8": "hybrid" if m.fp8_hybrid else "e4m3",
+            "fp8_recipe": m.fp8_recipe,
+            "fp8_amax_history_len": m.fp8_amax_history_len,
+            "fp8_amax_compute_algo": m.fp8_amax_compute_algo,
+        }
+    config = TransformerConfig(
+        num_layers=m.num_layers,
+        hidden_size=m.hidden_size,
+        ffn_hidden_size=m.ffn_hidden_size,
+        num_attention_heads=m.num_attention_heads,
+        num_query_groups=m.num_query_groups or m.num_attention_heads,
+        kv_channels=m.kv_channels,
+        gated_linear_unit=swiglu,
+        activation_func=torch.nn.functional.silu if swiglu else torch.nn.functional.gelu,
+        normalization="RMSNorm" if m.normalization == "rmsnorm" else "LayerNorm",
+        layernorm_epsilon=m.layernorm_epsilon,
+        add_bias_linear=m.bias,
+        add_qkv_bias=m.qkv_bias,
+        qk_layernorm=m.qk_layernorm,
+        hidden_dropout=m.hidden_dropout,
+        attention_dropout=m.attention_dropout,
+        init_method_std=m.init_method_std,
+        tensor_model_parallel_size=m.tensor_model_parallel_size,
+        pipeline_model_parallel_size=m.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=vpp,
+        context_parallel_size=m.context_parallel_size,
+        sequence_parallel=m.sequence_parallel and m.tensor_model_parallel_size > 1,
+        overlap_p2p_comm=vpp is not None if m.overlap_p2p_comm is None else m.overlap_p2p_comm,
+        batch_p2p_comm=vpp is None if m.batch_p2p_comm is None else m.batch_p2p_comm,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        calculate_per_token_loss=m.calculate_per_token_loss,
+        recompute_granularity=m.activations_checkpoint_granularity,
+        recompute_method=m.activations_checkpoint_method,
+        recompute_num_layers=m.activations_checkpoint_num_layers,
+        deterministic_mode=m.deterministic_mode,
+        # A checkpoint is the same for every layout only if every rank draws the whole tensor and takes its part.
+        use_cpu_initialization=not gpu,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=gpu,
+        bias_activation_fusion=gpu,
+        bias_dropout_fusion=gpu,
+        apply_rope_fusion=False,
+        **fp8,
+    )
+    if m.data.document_masking:
+        check_supported(config, m.data.seq_length)
+    return config
+
+
+def layer_spec(run: RunConfig, config: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+    """The GPT layers with DocumentAttention as their core attention; Transformer Engine's where it is used."""
+    m = run.model
+    if uses_transformer_engine(run):
+        spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=m.qk_layernorm))
+        spec.submodules.self_attention.submodules.core_attention = DocumentAttention
+        return spec
+    spec = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=m.qk_layernorm, normalization=config.normalization))
+    norm = RMSNorm if m.normalization == "rmsnorm" else LayerNorm
+    layer = spec.submodules
+    layer.self_attention.submodules.core_attention = DocumentAttention
+    layer.input_layernorm = layer.pre_mlp_layernorm = norm
+    if m.qk_layernorm:
+        layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = norm
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm
+    )
+
+
+def padded_vocab_size(run: RunConfig, vocab_size: int) -> int:
+    """Vocabulary rounded up so that every tensor-parallel rank holds the same number of rows; the same for every tensor size
+    that divides make_vocab_size_divisible_by, since padded rows take part in the softmax."""
+    multiple = math.lcm(run.model.make_vocab_size_divisible_by, run.model.tensor_model_parallel_size)
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def build_model(run: RunConfig, vocab_size: int, device: torch.device) -> list[DistributedDataParallel]:
+    """The model chunks of this rank (one, or one a virtual pipeline stage), in megatron.core's DDP."""
+    m = run.model
+    config = transformer_config(run)
+    vpp = m.virtual_pipeline_model_parallel_size
+    chunks = []
+    for vp_stage in [None] if vpp is None else range(vpp):
+        stage = {} if vp_stage is None else {"ignore_virtual": False, "vp_stage": vp_stage}
+        model = GPTModel(
+            config,
+            layer_spec(run, config, vp_stage),
+            vocab_size=padded_vocab_size(run, vocab_size),
+            max_sequence_length=m.max_position_embeddings or m.data.seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(**stage),
+            post_process=parallel_state.is_pipeline_last_stage(**stage),
+            share_embeddings_and_output_weights=m.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=m.rotary_base,  # type: ignore[arg-type]
+            rotary_percent=m.rotary_percentage,
+            seq_len_interpolation_factor=m.seq_len_interpolation_factor,
+            vp_stage=vp_stage,
+        )
+        model = model.to(device)
+        if config.bf16:
+            model = model.bfloat16()
+        chunks.append(model)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=m.optim.overlap_grad_sync,
+        overlap_param_gather=m.optim.overlap_param_sync,
+        use_distributed_optimizer=m.optim.distributed,
+        bucket_size=m.optim.bucket_cap_mb * 2**20 // 4 if m.optim.bucket_cap_mb else None,
+    )
+    return [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0 or m.optim.overlap_param_sync)
+        for i, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(run: RunConfig, model: list[DistributedDataParallel]) -> tuple[Any, OptimizerParamScheduler]:
+    """megatron.core's Adam and its learning-rate schedule (counted in steps), wired into the model's schedule hooks."""
+    m, optim, steps = run.model, run.model.optim, run.trainer.max_steps
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=optim.sched.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_eps=optim.eps,
+            clip_grad=run.trainer.gradient_clip_val,
+            bf16=run.trainer.precision == "bf16",
+            params_dtype=torch.bfloat16 if run.trainer.precision == "bf16" else torch.float32,
+            use_distributed_optimizer=optim.distributed,
+            overlap_param_gather=optim.overlap_param_sync,
+        ),
+        model,  # type: ignore[arg-type]
+    )
+    style = {"CosineAnnealing": "cosine", "WSD": "WSD", "constant": "constant"}[optim.sched.name]
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.sched.min_lr,
+        lr_warmup_steps=optim.sched.warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style=style,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=optim.sched.wsd_decay_steps,
+        lr_wsd_decay_style="linear",
+    )
+    config = model[0].config
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if m.optim.overlap_grad_sync:
+        syncs = [chunk.no_sync for chunk in model]
+        config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+        if m.optim.overlap_param_sync and len(model) > 1:
+            config.param_sync_func = [chunk.start_param_sync for chunk in model]
+    return optimizer, scheduler

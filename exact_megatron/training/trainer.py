@@ -1,0 +1,361 @@
+"""The training loop of the native runner: megatron.core's schedules, DDP, optimizer and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    init_num_microbatches_calculator,
+)
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from rich.console import Console
+
+from ..allocation import WeightTable
+from ..config import ExactConfig
+from ..dataset import members
+from ..loss import ExactLoss, gpt_loss
+from . import checkpoint
+from .config import RunConfig
+from .data import build_datasets, build_loader, get_batch, read_vocabulary
+from .model import build_model, build_optimizer
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def init_distributed(run: RunConfig) -> torch.device:
+    """Join the process group and build the model-parallel groups; returns this rank's device."""
+    on_cpu = run.trainer.accelerator == "cpu" or (run.trainer.accelerator == "auto" and not torch.cuda.is_available())
+    if on_cpu:
+        from . import cpu_runtime
+
+        cpu_runtime.install()
+    elif not torch.cuda.is_available():
+        raise ValueError("trainer.accelerator=gpu, but torch finds no CUDA device: use a GPU machine or trainer.accelerator=cpu")
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if not on_cpu:
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo" if on_cpu else "nccl", device_id=None if on_cpu else device)
+    if torch.distributed.get_world_size() != run.world_size:
+        raise ValueError(
+            f"{torch.distributed.get_world_size()} ranks were started, trainer.devices={run.trainer.devices} x "
+            f"trainer.num_nodes={run.trainer.num_nodes} asks for {run.world_size}"
+        )
+    m = run.model
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=m.tensor_model_parallel_size,
+        pipeline_model_parallel_size=m.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=m.virtual_pipeline_model_parallel_size,
+        context_parallel_size=m.context_parallel_size,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(m.seed)
+    torch.manual_seed(m.seed)
+    init_num_microbatches_calculator(
+        torch.distributed.get_rank(), None, m.global_batch_size, m.micro_batch_size, run.data_parallel_size
+    )
+    return device
+
+
+def shutdown() -> None:
+    """Undo init_distributed but for the process group, so that the next Trainer in this process may have another layout."""
+    parallel_state.destroy_model_parallel()
+    destroy_num_microbatches_calculator()
+
+
+class Trainer:
+    """One run. Build it on every rank, then call `fit`.
+
+    Attributes:
+        step: optimizer steps done.
+        model, optimizer, scheduler: megatron.core's.
+        builder: the dataset builder, with the census and the weight table.
+    """
+
+    def __init__(self, run: RunConfig, progress: bool = True) -> None:
+        self.run = run
+        self.device = init_distributed(run)
+        self.is_first = torch.distributed.get_rank() == 0
+        self.console = Console(stderr=True, quiet=not (self.is_first and progress))
+        self.run_dir = Path(run.exp_manager.exp_dir)
+        self.vocabulary = read_vocabulary(run)
+
+        self.loss = ExactLoss(run.model.exact)
+        self.loss_func = self.loss.wrap(gpt_loss) if run.model.exact.enabled else gpt_loss
+        (self.train_data, self.valid_data, _), self.builder = build_datasets(run, self.vocabulary, self.loss)
+        # Validation reports unweighted losses in every log2 bucket, in both arms of a comparison.
+        self.measure = ExactLoss(ExactConfig(enabled=True))
+        self.measure_func = self.measure.wrap(gpt_loss)
+        if self.valid_data is not None:
+            table = WeightTable.measuring(run.model.data.seq_length)
+            self.measure.bind(table)
+            for member in members([self.valid_data]):
+                member.attach(table, self.measure)
+
+        self.model = build_model(run, self.vocabulary.vocab_size, self.device)
+        self.optimizer, self.scheduler = build_optimizer(run, self.model)
+        self.step = 0
+        self._stop = False
+        self._restore()
+
+    @property
+    def table(self) -> WeightTable | None:
+        return self.builder.table
+
+    def state(self) -> dict[str, Any]:
+        census = self.builder.census
+        return checkpoint.describe(
+            self.run, self.step, census.digest if census else None, self.table.digest if self.table else None
+        )
+
+    def _restore(self) -> None:
+        found = checkpoint.checkpoints(self.run_dir)
+        if found and not self.run.exp_manager.resume_if_exists:
+            raise ValueError(
+                f"{self.run_dir} holds checkpoints, and exp_manager.resume_if_exists=false: choose another exp_manager.exp_dir or "
+                "remove them"
+            )
+        if found:
+            state = checkpoint.load(found[-1], self.model, self.optimizer, self.scheduler)
+            checkpoint.refuse_changed_run(state, self.state(), self.run)
+            self.step = state["step"]
+            self.console.print(f"resumed from {found[-1]}")
+        elif self.run.restore_from_path is not None:
+            path = checkpoint.find_checkpoint(self.run.restore_from_path)
+            checkpoint.load(path, self.model)
+            self.optimizer.reload_model_params()
+            self.console.print(f"started from the weights of {path}")
+
+    def save(self) -> Path:
+        params = self.run.exp_manager.checkpoint_callback_params
+        return checkpoint.save(
+            self.run_dir, self.step, self.model, self.optimizer, self.scheduler, self.state(), params.save_top_k
+        )
+
+    def _forward_step(self, loss_func: Any, iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
+        batch, packed = get_batch(iterator, self.device)
+        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
+        return losses, partial(loss_func, batch["loss_mask"])
+
+    def _run_schedule(self, loader: Iterator[Any], loss_func: Any, forward_only: bool) -> dict[str, Any]:
+        """One global batch through megatron.core's schedule; returns the summed report {name: [sum, count]} of all ranks."""
+        m = self.run.model
+        micro_batches = [next(loader) for _ in range(self.run.num_microbatches)]
+        iterators: list[Iterator[Any]] = [iter(micro_batches) for _ in self.model]
+        reports = get_forward_backward_func()(
+            forward_step_func=partial(self._forward_step, loss_func),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.model if len(self.model) > 1 else self.model[0],
+            num_microbatches=self.run.num_microbatches,
+            seq_length=m.data.seq_length,
+            micro_batch_size=m.micro_batch_size,
+            decoder_seq_length=m.data.seq_length,
+            forward_only=forward_only,
+        )
+        return self._reduce(reports, loss_func)
+
+    def _reduce(self, reports: list[dict[str, torch.Tensor]], loss_func: Any) -> dict[str, Any]:
+        """Mean of each reported loss and its count, over micro-batches and ranks; also agrees on stopping. One all-reduce."""
+        names = ["lm loss"]
+        hook: ExactLoss | None = getattr(loss_func, "exact_loss", None)
+        if hook is not None and hook.table is not None:
+            names += ["exact loss"]
+            if hook.config.log_buckets:
+                names += [f"lm loss {name}" for name in hook.table.part_names]
+        sums = torch.zeros(2 * len(names) + 1, dtype=torch.float64, device=self.device)
+        if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
+            parts = [torch.stack([report[name].double() for name in names]) for report in reports]
+            sums[:-1] = torch.stack(parts).sum(0).flatten()
+        sums[-1] = float(self._stop)
+        torch.distributed.all_reduce(sums)
+        values = sums.tolist()
+        self._stop = values[-1] > 0
+        result: dict[str, Any] = {}
+        for name, total, count in zip(names, values[:-1:2], values[1:-1:2]):
+            result[name] = total / count if count else None
+            result[f"{name} targets"] = int(count)
+        return result
+
+    def train_step(self, loader: Iterator[Any]) -> dict[str, Any]:
+        """One optimizer step; returns the line for metrics.jsonl."""
+        m = self.run.model
+        if m.hidden_dropout or m.attention_dropout:  # a resumed run draws the same masks
+            tensor_parallel.model_parallel_cuda_manual_seed(m.seed + self.step)
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        started = time.perf_counter()
+        report = self._run_schedule(loader, self.loss_func, forward_only=False)
+        successful, grad_norm, _ = self.optimizer.step()
+        if not successful:
+            raise FloatingPointError(f"the gradient of step {self.step + 1} is not finite")
+        self.scheduler.step(1)  # after the step, as in Megatron-LM: the first step of a warm-up has a rate of 0
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        self.step += 1
+        line = {
+            "step": self.step,
+            "lm_loss": report["lm loss"],
+            "exact_loss": report.get("exact loss", report["lm loss"]),
+            "grad_norm": float(grad_norm) if grad_norm is not None else None,
+            "learning_rate": learning_rate,
+            "tokens": self.step * self.run.tokens_per_step,
+            "targets": report["lm loss targets"],
+            "tokens_per_s": self.run.tokens_per_step / seconds,
+            "buckets": _buckets(report),
+        }
+        return line
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any]:
+        """Unweighted loss on the validation data, whole and in every log2 bucket; the same samples at every call."""
+        loader = iter(build_loader(self.run, self.valid_data, self.vocabulary, consumed=0))
+        for chunk in self.model:
+            chunk.eval()
+        total: dict[str, list[float]] = {}
+        for _ in range(self.run.trainer.limit_val_batches):
+            report = self._run_schedule(loader, self.measure_func, forward_only=True)
+            for name in [n for n in report if f"{n} targets" in report]:
+                count = report[f"{name} targets"]
+                entry = total.setdefault(name, [0.0, 0])
+                entry[0] += report[name] * count if count else 0.0
+                entry[1] += count
+        merged: dict[str, Any] = {}
+        for name, (loss, count) in total.items():
+            merged[name] = loss / count if count else None
+            merged[f"{name} targets"] = count
+        return {"step": self.step, "validation_loss": merged["lm loss"], "buckets": _buckets(merged)}
+
+    def fit(self) -> str:
+        """Train to trainer.max_steps, or until a stop signal; returns "finished" or "stopped"."""
+        run, trainer = self.run, self.run.trainer
+        params = run.exp_manager.checkpoint_callback_params
+        log = RunLog(self) if self.is_first else None
+        loader = iter(build_loader(run, self.train_data, self.vocabulary, self.step * run.model.global_batch_size))
+        previous = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
+        saved = self.step
+        try:
+            while self.step < trainer.max_steps:
+                line = self.train_step(loader)
+                if log:
+                    log.step(line)
+                last = self.step == trainer.max_steps
+                if self.valid_data is not None and (
+                    last or (trainer.val_check_interval and self.step % trainer.val_check_interval == 0)
+                ):
+                    result = self.validate()
+                    if log:
+                        log.validation(result)
+                every = params.every_n_train_steps
+                if self._stop or (last and params.save_last) or (every and self.step % every == 0):
+                    path = self.save()
+                    saved = self.step
+                    if log:
+                        log.message(f"saved {path}")
+                if self._stop and not last:
+                    if log:
+                        log.message(f"stopped by a signal after step {saved}; the same command goes on from there")
+                    return "stopped"
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            if log:
+                log.close()
+        return "finished"
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._stop = True
+
+
+def _buckets(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    prefix = "lm loss "
+    names = [n for n in report if n.startswith(prefix) and f"{n} targets" in report]
+    return {n.removeprefix(prefix): {"loss": report[n], "targets": report[f"{n} targets"]} for n in names}
+
+
+class RunLog:
+    """metrics.jsonl, validation.jsonl, TensorBoard and the terminal, on the first rank."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.console = trainer.console
+        run_dir = trainer.run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(trainer.run.to_yaml())
+        self.metrics = _truncated(run_dir / "metrics.jsonl", trainer.step)
+        self.validations = _truncated(run_dir / "validation.jsonl", trainer.step)
+        self.board = None
+        if trainer.run.exp_manager.create_tensorboard_logger:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=trainer.step + 1)
+        if trainer.table is not None:
+            census = trainer.builder.census
+            assert census is not None
+            (run_dir / "weights.json").write_text(
+                json.dumps({"census": census.digest, "digest": trainer.table.digest, "buckets": trainer.table.rows()}, indent=1)
+            )
+        self.started, self.first = time.monotonic(), trainer.step
+
+    def step(self, line: dict[str, Any]) -> None:
+        self.metrics.write(json.dumps(line) + "\n")
+        self.metrics.flush()
+        if self.board:
+            for name in ("lm_loss", "exact_loss", "grad_norm", "learning_rate", "tokens_per_s"):
+                if line[name] is not None:
+                    self.board.add_scalar(name, line[name], line["step"])
+            for name, bucket in line["buckets"].items():
+                if bucket["targets"]:
+                    self.board.add_scalar(f"bucket_loss/{name}", bucket["loss"], line["step"])
+        run = self.trainer.run.trainer
+        if line["step"] % run.log_every_n_steps == 0 or line["step"] == run.max_steps:
+            rest = (time.monotonic() - self.started) / (line["step"] - self.first) * (run.max_steps - line["step"])
+            exact = f"  exact {line['exact_loss']:.4f}" if self.trainer.table is not None else ""
+            self.message(
+                f"step {line['step']:>6}/{run.max_steps}  lm loss {line['lm_loss']:.4f}{exact}  grad norm {line['grad_norm'] or 0:.3f}  "
+                f"lr {line['learning_rate']:.2e}  {line['tokens_per_s']:,.0f} tokens/s  {rest:,.0f} s left"
+            )
+
+    def validation(self, result: dict[str, Any]) -> None:
+        self.validations.write(json.dumps(result) + "\n")
+        self.validations.flush()
+        if self.board:
+            self.board.add_scalar("validation_loss", result["validation_loss"], result["step"])
+        self.message(f"validation after step {result['step']}: lm loss {result['validation_loss']:.4f}")
+
+    def message(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.validations.close()
+        if self.board:
+            self.board.close()
+        sys.stderr.flush()
+
+
+def _truncated(path: Path, step: int) -> Any:
+    """Open for appending, without the lines after `step` that a killed run wrote behind its last checkpoint."""
+    kept = []
+    if path.is_file():
+        for text in path.read_text().splitlines():
+            try:
+                if json.loads(text)["step"] <= step:
+                    kept.append(text)
+            except json.JSONDecodeError:  # cut off by a kill
+                break
+    path.write_text("".join(line + "\n" for line in kept))
+    return path.open("a")

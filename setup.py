@@ -1,0 +1,45 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "exact_megatron" / "__init__.py").read_text()).group(1)
+
+extras = {
+    # text to .bin/.idx
+    "prepare": ["tokenizers>=0.20", "zstandard", "rich"],
+    # tables and pictures
+    "report": ["matplotlib>=3.7", "rich"],
+    # the native runner; NVIDIA's apex and transformer-engine come from a container or from source, and are found when there.
+    # psutil, six, regex, pyyaml and einops are imported by megatron-core without being declared.
+    "train": [
+        "torch>=2.6",
+        "megatron-core>=0.16.1",
+        "omegaconf>=2.3",
+        "tensorboard",
+        "rich",
+        "psutil",
+        "six",
+        "regex",
+        "pyyaml",
+        "einops",
+    ],
+}
+extras["all"] = sorted({requirement for group in extras.values() for requirement in group})
+extras["dev"] = [*extras["all"], "pytest>=8", "hypothesis", "ruff>=0.6", "mypy>=1.11", "pre-commit"]
+
+setup(
+    name="exact-megatron",
+    version=version,
+    description="EXACT (arXiv 2605.10544) for Megatron: more supervision for targets that see a long context",
+    long_description=(here / "README.md").read_text() if (here / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["exact_megatron", "exact_megatron.*"]),
+    package_data={"exact_megatron": ["py.typed"]},
+    install_requires=["numpy>=1.24"],
+    extras_require=extras,
+    entry_points={"console_scripts": ["exact-megatron = exact_megatron.cli:main"]},
+)
