@@ -47,7 +47,7 @@ class WeightTable:
         applied = (self.bucket_weights / scale).astype(np.float32)
         self.marks = np.empty(0, np.float32)
         if config.alpha > 0:
-            applied = _pairwise_distinct(applied, self.tail)
+            applied = _pairwise_distinct(self.bucket_weights / scale, self.tail, bucket_counts)
             self.marks = applied[self.tail]
         self.lookup = np.repeat(applied, np.diff(self.edges))
         self.mean = float(self.counts @ self.lookup.astype(np.float64) / self.counts.sum())
@@ -145,12 +145,20 @@ def _bucket_weights(bucket_counts: np.ndarray, tail: np.ndarray, config: ExactCo
     return weights if config.max_weight is None else np.minimum(weights, config.max_weight)
 
 
-def _pairwise_distinct(applied: np.ndarray, tail: np.ndarray) -> np.ndarray:
-    """Raise equal weights by one rounding step each, from the short part's weight upwards."""
-    applied = applied.copy()
-    below = applied[0] if tail[0] else np.float32(0)
-    for bucket in sorted(tail, key=lambda b: (applied[b], b)):
-        if applied[bucket] <= below:
-            applied[bucket] = np.nextafter(below, np.float32(np.inf))
-        below = applied[bucket]
-    return applied
+def _pairwise_distinct(exact: np.ndarray, tail: np.ndarray, bucket_counts: np.ndarray) -> np.ndarray:
+    """Round weights float64[B] to float32 such that each tail bucket's is above the short part's and no two are equal: the
+    bucket with the most targets takes the nearest number, so that the corpus mean moves least."""
+    rounded = exact.astype(np.float32)
+    taken = {rounded[0]} if tail[0] else {np.float32(0)}
+    least = max(taken)
+    for bucket in sorted(tail, key=lambda b: (-bucket_counts[b], b)):
+        near = [rounded[bucket]]
+        for limit in (np.float32(np.inf), np.float32(0)):
+            number = rounded[bucket]
+            for _ in tail:
+                number = np.nextafter(number, limit)
+                near.append(number)
+        free = [number for number in near if number > least and number not in taken]
+        rounded[bucket] = min(free, key=lambda number: (abs(float(number) - exact[bucket]), number))
+        taken.add(rounded[bucket])
+    return rounded

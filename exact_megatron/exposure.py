@@ -107,6 +107,19 @@ class ExposureCensus:
             raise ValueError(f"{total} tokens do not fill one sample of {seq_length} tokens: use a shorter window or more text")
         if chosen is not None and len(chosen) != samples:
             raise ValueError(f"chosen has {len(chosen)} entries, the stream has {samples} samples")
+        return cls._count(lengths, seq_length, document_index, samples, add_extra_token, eod_mask_loss, chosen)
+
+    @classmethod
+    def _count(
+        cls,
+        lengths: np.ndarray,
+        seq_length: int,
+        document_index: np.ndarray | None,
+        samples: int,
+        add_extra_token: bool,
+        eod_mask_loss: bool,
+        chosen: np.ndarray | None,
+    ) -> ExposureCensus:
         pieces = piece_histogram(lengths, seq_length, document_index=document_index, samples=samples, chosen=chosen)
         both = pieces.ended + pieces.continued
         counts = np.zeros(seq_length + 1, np.int64)
@@ -119,17 +132,25 @@ class ExposureCensus:
 
     @classmethod
     def from_dataset(cls, dataset: Any, chosen: np.ndarray | None = None) -> ExposureCensus:
-        """Census of all samples of a (built) GPTDataset; `chosen` is bool[samples] in packed order, before the shuffle."""
+        """Census of all whole samples of a (built) GPTDataset; `chosen` is bool[samples] in packed order, before the shuffle.
+
+        Raises:
+            ValueError: the dataset's cached indices do not belong to its documents.
+        """
         if dataset.document_index is None:  # defer_npy_index_mmap: loaded at the first query
             dataset._query_document_sample_shuffle_indices(0)
-        return cls.from_document_lengths(
-            dataset.dataset.sequence_lengths,
-            dataset.config.sequence_length,
-            document_index=dataset.document_index,
-            add_extra_token=bool(dataset.config.add_extra_token_to_sequence),
-            eod_mask_loss=bool(dataset.config.eod_mask_loss),
-            chosen=chosen,
-        )
+        lengths, order = dataset.dataset.sequence_lengths, dataset.document_index
+        seq_length, extra = dataset.config.sequence_length, bool(dataset.config.add_extra_token_to_sequence)
+        known = int(order.max()) < len(lengths)
+        samples = (stream_tokens(lengths, order) - int(extra)) // seq_length if known else -1
+        partial = dataset.index_split.name == "valid" and not dataset.config.drop_last_partial_validation_sequence
+        if samples not in (len(dataset.shuffle_index), len(dataset.shuffle_index) - int(partial)):
+            raise ValueError(
+                f"Megatron's index caches of {dataset.dataset_path} hold {len(dataset.shuffle_index)} samples of {seq_length} tokens "
+                f"and were built from other data than what lies there now ({samples} samples): remove the caches "
+                f"({dataset.config.path_to_cache or 'the folder cache beside the data'})"
+            )
+        return cls._count(lengths, seq_length, order, samples, extra, bool(dataset.config.eod_mask_loss), chosen)
 
     @classmethod
     def from_blend(cls, blend: Any) -> ExposureCensus:

@@ -19,7 +19,7 @@ from .config import RunConfig
 
 _STEP = re.compile(r"step_(\d+)$")
 # Optimizer state per parameter, as a plain optimizer has it: loads under any tensor, pipeline and data parallel size.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
@@ -44,8 +44,9 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def _model_state(model: list[Any]) -> dict[str, Any]:
+    # A copy for each call: megatron.core writes the process group of the moment into it.
     names = ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
-    return {name: chunk.module.sharded_state_dict(metadata=_METADATA) for name, chunk in zip(names, model)}
+    return {name: chunk.module.sharded_state_dict(metadata=dict(_SHARDING)) for name, chunk in zip(names, model)}
 
 
 def save(run_dir: str | Path, step: int, model: list[Any], optimizer: Any, scheduler: Any, state: dict[str, Any], keep: int) -> Path:
@@ -62,10 +63,10 @@ def save(run_dir: str | Path, step: int, model: list[Any], optimizer: Any, sched
         partial.mkdir(parents=True)
     torch.distributed.barrier()
     sharded = _model_state(model)
-    sharded["optimizer"] = optimizer.sharded_state_dict(sharded, metadata=_METADATA)
+    sharded["optimizer"] = optimizer.sharded_state_dict(sharded, metadata=dict(_SHARDING))
     sharded["scheduler"] = scheduler.state_dict()
     sharded["state"] = state
-    dist_checkpointing.save(sharded, str(partial), content_metadata=_METADATA)
+    dist_checkpointing.save(sharded, str(partial), content_metadata=dict(_SHARDING))
     torch.distributed.barrier()
     if first:
         shutil.rmtree(final, ignore_errors=True)  # the same step, saved by a run that was then told to start over
@@ -81,7 +82,7 @@ def load(path: Path, model: list[Any], optimizer: Any = None, scheduler: Any = N
     """Load weights and, where given, optimizer and schedule; returns the `state` that was saved."""
     sharded = _model_state(model)
     if optimizer is not None:
-        sharded["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_METADATA)
+        sharded["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=True, metadata=dict(_SHARDING))
     loaded = dist_checkpointing.load(sharded, str(path))
     for name, chunk in zip(sharded, model):
         chunk.module.load_state_dict(loaded[name])

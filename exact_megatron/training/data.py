@@ -97,13 +97,8 @@ def read_vocabulary(run: RunConfig) -> Vocabulary:
 def build_datasets(run: RunConfig, vocabulary: Vocabulary, loss: ExactLoss) -> tuple[list[Any], ExactDatasetBuilder]:
     """Training, validation and test data (None where there is none), and the builder with its census and weight table."""
     data, trainer = run.model.data, run.trainer
-    validations = 0
-    if trainer.limit_val_batches:
-        validations = trainer.max_steps // trainer.val_check_interval if trainer.val_check_interval else 0
-        validations += 1
     # Every validation sees the same samples.
-    sizes = [trainer.max_steps * run.model.global_batch_size, min(validations, 1) * trainer.limit_val_batches, 0]
-    sizes[1] *= run.model.global_batch_size
+    sizes = [n * run.model.global_batch_size for n in (trainer.max_steps, trainer.limit_val_batches, 0)]
     blends = data_prefixes(run)
     where: dict[str, Any] = (
         {"blend": blends["all"], "split": data.splits_string}
@@ -130,7 +125,10 @@ def build_datasets(run: RunConfig, vocabulary: Vocabulary, loss: ExactLoss) -> t
         loss=loss,
         emit_cu_seqlens=data.document_masking,
     )
-    return builder.build(), builder
+    datasets = builder.build()
+    if not sizes[1]:  # a split by ratio is built without being asked for
+        datasets[1] = None
+    return datasets, builder
 
 
 class StepSampler:

@@ -1,0 +1,125 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exact_megatron import ExactConfig, ExposureCensus, WeightTable, log2_bucket_edges
+
+
+def counts_for(bucket_counts, seq_length):
+    """int64[S + 1] with the given number of targets at each bucket's lower edge."""
+    counts = np.zeros(seq_length + 1, np.int64)
+    counts[log2_bucket_edges(seq_length)[:-1]] = bucket_counts
+    return counts
+
+
+def reference_weights(bucket_counts, edges, alpha, gamma, tau, eps):
+    """The paper's formula, one bucket at a time."""
+    tail = [b for b in range(len(edges) - 1) if edges[b] >= tau]
+    total = sum(bucket_counts[b] for b in tail)
+    q = {b: bucket_counts[b] / total for b in tail}
+    r = {b: (q[b] + eps) ** -gamma for b in tail if bucket_counts[b]}
+    rbar = sum(q[b] * r[b] for b in r)
+    return {b: 1 + alpha * r[b] / rbar for b in r}
+
+
+COUNTS = st.lists(st.integers(0, 10**9), min_size=10, max_size=10).filter(lambda c: sum(c[-2:]) > 0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    bucket_counts=COUNTS,
+    alpha=st.one_of(st.just(0.0), st.floats(1e-6, 3)),
+    gamma=st.floats(0, 2),
+    normalization=st.sampled_from(["corpus", "none"]),
+)
+def test_budget_mean_and_formula(bucket_counts, alpha, gamma, normalization):
+    seq_length, tau = 4096, 1024
+    counts = counts_for(bucket_counts, seq_length)
+    table = WeightTable.from_counts(counts, seq_length, alpha=alpha, gamma=gamma, normalization=normalization)
+    edges = log2_bucket_edges(seq_length)
+    expected = reference_weights(bucket_counts, edges, alpha, gamma, tau, 1e-8)
+    for bucket, weight in expected.items():
+        assert table.bucket_weights[bucket] == pytest.approx(weight, rel=1e-12)
+    assert (table.bucket_weights[:8] == 1).all()
+    in_tail = np.array(bucket_counts[8:], float)
+    assert (in_tail / in_tail.sum()) @ (table.bucket_weights[8:] - 1) == pytest.approx(alpha, abs=1e-9)
+
+    assert table.lookup.dtype == np.float32 and table.lookup.shape == (seq_length + 1,)
+    mean = (counts @ table.lookup.astype(float)) / counts.sum()
+    assert table.mean == pytest.approx(mean, abs=1e-12)
+    if normalization == "corpus":
+        assert abs(mean - 1) < 1e-7
+    if alpha == 0:
+        assert (table.lookup == np.float32(1)).all() and len(table.marks) == 0 and table.part_names == []
+    else:
+        marked = [*table.marks, table.lookup[0]]
+        assert len(set(marked)) == len(marked) == 3
+        assert (table.marks > table.lookup[0]).all()
+
+
+def test_rarer_buckets_weigh_more():
+    table = WeightTable.from_counts(counts_for([100] * 7 + [1000, 100, 10], 4096), 4096, tau=512)
+    weights = table.bucket_weights[-3:]
+    assert weights[0] < weights[1] < weights[2]
+    flat = WeightTable.from_counts(counts_for([100] * 7 + [1000, 100, 10], 4096), 4096, tau=512, gamma=0.0)
+    assert flat.bucket_weights[-3:].tolist() == [1.15, 1.15, 1.15]
+    assert len(set(flat.marks)) == 3 and max(flat.marks) < min(flat.marks) * (1 + 1e-6)
+
+
+def test_empty_tail_bucket_takes_its_neighbours_weight():
+    table = WeightTable.from_counts(counts_for([100] * 6 + [50, 0, 0, 10], 4096), 4096, tau=256)
+    w = table.bucket_weights
+    # Edges 256, 512, 1024 and 2048: 512 is nearest to 256, 1024 to 2048.
+    assert w[7] == w[6] and w[8] == w[9] and w[6] < w[9]
+    one_between = WeightTable.from_counts(counts_for([100] * 7 + [50, 0, 10], 4096), 4096, tau=512).bucket_weights
+    assert one_between[8] == one_between[7]  # of two equally near, the shorter context
+
+
+def test_last_bucket_is_closed_at_the_window():
+    """The one target with l = S belongs to the last bucket and does not get a weight of its own."""
+    counts = counts_for([100] * 10, 4096)
+    counts[4096] += 1
+    table = WeightTable.from_counts(counts, 4096)
+    assert table.lookup[4096] == table.lookup[2048]
+
+
+def test_no_tail_target_names_window_tau_and_longest():
+    counts = np.zeros(4097, np.int64)
+    counts[:700] = 5
+    with pytest.raises(ValueError, match="tau=1024 or more in a window of 4096 tokens: the longest seen is 699"):
+        WeightTable.from_counts(counts, 4096)
+
+
+def test_max_weight_caps_the_raw_weight():
+    counts = counts_for([10000] * 8 + [1000, 1], 4096)
+    free = WeightTable.from_counts(counts, 4096, normalization="none")
+    capped = WeightTable.from_counts(counts, 4096, normalization="none", max_weight=1.5)
+    assert free.bucket_weights[-1] > 1.5 == capped.bucket_weights[-1]
+    assert capped.bucket_weights[-2] == free.bucket_weights[-2]
+
+
+def test_digest_follows_the_weights():
+    census = ExposureCensus(counts_for([100] * 10, 4096), 4096, 1)
+    digest = WeightTable.from_census(census, ExactConfig()).digest
+    assert digest == WeightTable.from_census(census, ExactConfig(enabled=True)).digest
+    assert digest != WeightTable.from_census(census, ExactConfig(alpha=0.16)).digest
+    assert digest != WeightTable.from_census(census, ExactConfig(tau=2048)).digest
+
+
+def test_measuring_table_marks_every_bucket_and_moves_no_weight():
+    table = WeightTable.measuring(4096)
+    assert len(table.marks) == 10 and table.part_names[0] == "0-7" and table.part_names[-1] == "2048-4096"
+    assert len(set(table.lookup.tolist())) == 10
+    assert table.lookup.max() / table.lookup.min() < 1 + 2e-6
+
+
+def test_rows_add_up():
+    table = WeightTable.from_counts(counts_for(range(1, 11), 4096), 4096)
+    rows = table.rows()
+    assert [r["low"] for r in rows] == log2_bucket_edges(4096)[:-1].tolist() and rows[-1]["high"] == 4096
+    assert sum(r["share"] for r in rows) == pytest.approx(1) == sum(r["weighted_share"] for r in rows)
+    tail = [r for r in rows if r["low"] >= 1024]
+    assert table.tail_share == pytest.approx(sum(r["targets"] for r in tail) / 55)
+    gained = table.weighted_tail_share / (1 - table.weighted_tail_share)
+    assert gained == pytest.approx(1.15 * table.tail_share / (1 - table.tail_share), rel=1e-6)

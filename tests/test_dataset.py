@@ -1,0 +1,225 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import PositionTokenizer, context_of_targets, uneven_lengths
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+
+from exact_megatron import ExactConfig, ExposureCensus, WeightTable
+from exact_megatron.dataset import ExactDatasetBuilder, ExactGPTDataset, members
+from exact_megatron.loss import ExactLoss, gpt_loss
+
+S = 48
+ON = ExactConfig(enabled=True, tau=8)
+
+
+def dataset_config(tmp_path, blend=None, **changes):
+    settings = {
+        "random_seed": 3,
+        "sequence_length": S,
+        "blend": blend,
+        "split": "1" if blend else None,
+        "path_to_cache": str(tmp_path / "cache"),
+        "tokenizer": PositionTokenizer(),
+        "reset_position_ids": False,
+        "reset_attention_mask": False,
+        "eod_mask_loss": False,
+        "create_attention_mask": False,
+        "mid_level_dataset_surplus": 0.2,
+    }
+    return GPTDatasetConfig(**{**settings, **changes})
+
+
+def build(config, sizes, exact=ON, **arguments):
+    loss = ExactLoss(exact)
+    loss.wrap(gpt_loss)
+    builder = ExactDatasetBuilder(GPTDataset, sizes, lambda: True, config, exact=exact, loss=loss, **arguments)
+    return builder.build(), builder
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """BlendedDataset asks for the rank when it caches."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def count_over_tokens(dataset, lengths_of):
+    """Census by reading every sample; `lengths_of(sample)` gives the corpus of a sample."""
+    counts = np.zeros(S + 1, np.int64)
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        supervised = sample["loss_mask"].numpy() > 0
+        context = context_of_targets(lengths_of(sample), sample["tokens"].numpy(), sample["labels"].numpy())
+        counts += np.bincount(context[supervised], minlength=S + 1)
+    return counts
+
+
+@pytest.mark.parametrize("extra", [True, False])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_census_equals_reading_the_samples(tmp_path, write_corpus, extra, epochs):
+    lengths = uneven_lengths(np.random.default_rng(epochs), S, 60)
+    prefix = write_corpus(lengths)
+    samples = int(epochs * lengths.sum() * 0.9) // S
+    (train, _, _), builder = build(
+        dataset_config(tmp_path, ([prefix], None), add_extra_token_to_sequence=extra), [samples, 0, 0]
+    )
+    np.testing.assert_array_equal(builder.census.counts, count_over_tokens(train, lambda s: lengths))
+    assert builder.census.samples == len(train)
+
+
+def test_blend_counts_each_member_by_what_is_drawn(tmp_path, write_corpus, one_rank):
+    rng = np.random.default_rng(5)
+    a, b = uneven_lengths(rng, S, 50), uneven_lengths(rng, S, 20)
+    shift = 1 << 20  # tells the members' tokens apart
+    prefixes = [write_corpus(a, "a"), write_corpus(b, "b", tokens=np.arange(b.sum()) + shift)]
+    (train, _, _), builder = build(dataset_config(tmp_path, (prefixes, [0.7, 0.3])), [70, 0, 0])
+    assert isinstance(train, BlendedDataset) and len(train) == 70
+
+    counts = np.zeros(S + 1, np.int64)
+    for i in range(len(train)):
+        tokens, labels = (train[i][k].numpy() for k in ("tokens", "labels"))
+        second = tokens[0] >= shift
+        context = context_of_targets(b if second else a, tokens - shift * second, labels - shift * second)
+        counts += np.bincount(context, minlength=S + 1)
+        expected = builder.table.lookup[context]
+        np.testing.assert_array_equal(train[i]["loss_mask"].numpy(), expected)
+    np.testing.assert_array_equal(builder.census.counts, counts)
+    assert {m.weight_table.digest for m in members([train])} == {builder.table.digest}
+
+
+def test_weights_and_boundaries_of_every_sample(tmp_path, write_corpus):
+    lengths = uneven_lengths(np.random.default_rng(0), S, 60)
+    (train, valid, _), builder = build(
+        dataset_config(tmp_path, ([write_corpus(lengths)], None), split="80,20,0", eod_mask_loss=True),
+        [40, 5, 0],
+        emit_cu_seqlens=True,
+    )
+    for dataset in (train, valid):
+        for i in range(len(dataset)):
+            sample = dataset[i]
+            tokens = sample["tokens"].numpy()
+            context = context_of_targets(lengths, tokens, sample["labels"].numpy())
+            np.testing.assert_array_equal(sample["loss_mask"].numpy(), builder.table.lookup[context])
+            assert sample["loss_mask"].dtype == torch.float32
+            inside = context_of_targets(lengths, tokens[:-1], tokens[1:])
+            starts = [0, *(np.flatnonzero(inside == 0) + 1).tolist(), S]
+            assert np.unique(sample["cu_seqlens"].numpy()).tolist() == sorted(set(starts))
+            assert sample["cu_seqlens"].dtype == torch.int32 and len(sample["cu_seqlens"]) == S + 1
+    assert abs(builder.table.mean - 1) < 1e-7
+
+
+@pytest.mark.parametrize("exact", [ExactConfig(), ExactConfig(enabled=True, alpha=0.0, tau=8)], ids=["off", "alpha0"])
+@pytest.mark.parametrize("eod_mask_loss", [False, True])
+def test_off_and_alpha_0_are_bitwise_stock(tmp_path, write_corpus, exact, eod_mask_loss):
+    lengths = uneven_lengths(np.random.default_rng(1), S, 40)
+
+    class Tokenizer(PositionTokenizer):
+        eod = 7
+
+    config = dataset_config(
+        tmp_path, ([write_corpus(lengths)], None), eod_mask_loss=eod_mask_loss, tokenizer=Tokenizer(), create_attention_mask=True
+    )
+    stock = BlendedMegatronDatasetBuilder(GPTDataset, [30, 0, 0], lambda: True, config).build()[0]
+    ours = build(config, [30, 0, 0], exact)[0][0]
+    for i in (*range(30), None):
+        left, right = stock[i], ours[i]
+        assert left.keys() == right.keys()
+        for key in left:
+            assert left[key].dtype == right[key].dtype and torch.equal(left[key], right[key])
+
+
+def test_pads_and_batch_padding_stay_unsupervised(tmp_path, write_corpus):
+    """The last validation sample is padded; index None asks for a sample that is all padding."""
+    lengths = np.array([S + 30] * 20, np.int32)
+    (_, valid, _), builder = build(
+        dataset_config(
+            tmp_path, ([write_corpus(lengths)], None), split="50,50,0", drop_last_partial_validation_sequence=False
+        ),
+        [10, 16, 0],
+    )
+    sample = valid[int(np.flatnonzero(valid.shuffle_index == len(valid) - 1)[0])]
+    real = sample["labels"].numpy() != 0
+    assert 0 < real.sum() < S
+    assert (sample["loss_mask"].numpy()[~real] == 0).all() and (sample["loss_mask"].numpy()[real] > 0).all()
+    assert (valid[None]["loss_mask"] == 0).all()
+
+
+def test_cache_is_reused_and_follows_the_data(tmp_path, write_corpus, monkeypatch):
+    lengths = uneven_lengths(np.random.default_rng(2), S, 40)
+    blend = ([write_corpus(lengths)], None)
+    first = build(dataset_config(tmp_path, blend), [30, 0, 0])[1]
+    cached = [f for f in os.listdir(tmp_path / "cache") if f.endswith("census.json")]
+    assert len(cached) == 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExposureCensus, "from_dataset", None)  # counting again would fail
+        again = build(dataset_config(tmp_path, blend, num_dataset_builder_threads=2), [30, 0, 0])[1]
+        assert again.census.digest == first.census.digest
+        other_alpha = build(dataset_config(tmp_path, blend), [30, 0, 0], ExactConfig(enabled=True, alpha=0.3, tau=8))[1]
+        assert other_alpha.census.digest == first.census.digest != other_alpha.table.digest != first.table.digest
+
+    build(dataset_config(tmp_path, blend, eod_mask_loss=True), [30, 0, 0])
+    build(dataset_config(tmp_path, blend, add_extra_token_to_sequence=False, random_seed=4), [30, 0, 0])
+    assert len([f for f in os.listdir(tmp_path / "cache") if f.endswith("census.json")]) == 3
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_deferred_and_fast_loading(tmp_path, write_corpus, mmap):
+    lengths = uneven_lengths(np.random.default_rng(2), S, 40)
+    blends = [([write_corpus(lengths)], None), None, None]
+    settings = {"blend_per_split": blends, "split": None, "mmap_bin_files": mmap}
+    plain, builder = build(dataset_config(tmp_path, **settings), [30, 0, 0], emit_cu_seqlens=True)
+    for extra in ({"defer_npy_index_mmap": True}, {"fast_cache_load": True}):
+        lazy, lazy_builder = build(dataset_config(tmp_path, **settings, **extra), [30, 0, 0], emit_cu_seqlens=True)
+        assert lazy_builder.census.digest == builder.census.digest
+        for i in range(30):
+            assert all(torch.equal(plain[0][i][k], lazy[0][i][k]) for k in plain[0][i])
+
+
+def test_without_path_to_cache(tmp_path, write_corpus):
+    lengths = uneven_lengths(np.random.default_rng(2), S, 40)
+    prefix = write_corpus(lengths)
+    build(dataset_config(tmp_path, ([prefix], None), path_to_cache=None), [30, 0, 0])
+    found = os.listdir(os.path.join(prefix, "cache", "ExactGPTDataset_indices"))
+    assert sum(f.endswith("census.json") for f in found) == 1
+
+
+def test_stale_index_caches_are_refused(tmp_path, write_corpus):
+    """Megatron's caches are named by the path: data prepared again at the same place meet the old indices."""
+    rng = np.random.default_rng(3)
+    build(dataset_config(tmp_path, ([write_corpus(uneven_lengths(rng, S, 40))], None)), [30, 0, 0])
+    prefix = write_corpus(uneven_lengths(rng, S, 80) * 2)
+    with pytest.raises(ValueError, match="index caches of .* were built from other data"):
+        build(dataset_config(tmp_path, ([prefix], None)), [30, 0, 0])
+
+
+def test_a_weighted_dataset_needs_the_hook(tmp_path, write_corpus):
+    config = dataset_config(tmp_path, ([write_corpus(uneven_lengths(np.random.default_rng(0), S, 40))], None))
+    loss = ExactLoss(ON)
+    builder = ExactDatasetBuilder(GPTDataset, [30, 0, 0], lambda: True, config, exact=ON, loss=loss)
+    with pytest.raises(RuntimeError, match="no loss function is hooked"):
+        builder.build()
+    train = build(config, [30, 0, 0])[0][0]
+    with pytest.raises(RuntimeError, match="needs its loss hook"):
+        train.attach(train.weight_table, ExactLoss(ON))
+    with pytest.raises(ValueError, match="window of 64, the dataset has 48"):
+        train.attach(WeightTable.measuring(64), ExactLoss(ON))
+
+
+def test_mock_data_and_too_long_tau_are_refused(tmp_path, write_corpus):
+    loss = ExactLoss(ON)
+    with pytest.raises(ValueError, match="not of MockGPTDataset"):
+        ExactDatasetBuilder(MockGPTDataset, [1, 1, 1], lambda: True, dataset_config(tmp_path), exact=ON, loss=loss)
+    config = dataset_config(tmp_path, ([write_corpus(np.array([9] * 200, np.int32))], None))
+    with pytest.raises(ValueError, match="tau=16 or more in a window of 48 tokens: the longest seen is 8"):
+        build(config, [30, 0, 0], ExactConfig(enabled=True, tau=16))
+
+
+def test_class_name_is_the_cache_name():
+    assert ExactGPTDataset.__name__ == "ExactGPTDataset"

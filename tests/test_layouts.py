@@ -1,0 +1,135 @@
+"""The plugin's main promise: loss, gradient norm and bucket losses do not depend on the parallel layout."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from ranks import launch
+from tiny import config_file, write_data
+
+STEPS = 3
+
+TP2 = ["model.tensor_model_parallel_size=2"]
+SP = [*TP2, "model.sequence_parallel=true"]
+PP2 = ["model.pipeline_model_parallel_size=2"]
+CP2 = ["model.context_parallel_size=2"]
+PLAIN = ["model.optim.name=adam"]
+MBS2 = ["model.micro_batch_size=2"]
+FULL = [
+    "model.activations_checkpoint_granularity=full",
+    "model.activations_checkpoint_method=uniform",
+    "model.activations_checkpoint_num_layers=1",
+]
+SELECTIVE = ["model.activations_checkpoint_granularity=selective"]
+OVERLAP = ["model.optim.overlap_grad_sync=true", "model.optim.overlap_param_sync=true"]
+
+LAYOUTS = {
+    1: {
+        "one_rank": PLAIN,
+        "mbs2": [*PLAIN, *MBS2],
+        "full": [*PLAIN, *FULL],
+        "selective": [*PLAIN, *SELECTIVE],
+        "distributed_optimizer": [],
+    },
+    2: {
+        "tp2": [*TP2, *PLAIN],
+        "tp2_mbs2": [*TP2, *MBS2],
+        "sp": SP,
+        "sp_full": [*SP, *FULL, *MBS2],
+        "pp2": [*PP2, *PLAIN],
+        "pp2_mbs2_selective": [*PP2, *MBS2, *SELECTIVE],
+        "pp2_vpp2": [*PP2, "model.virtual_pipeline_model_parallel_size=2"],
+        "dp2": PLAIN,
+        "dp2_mbs2": [*PLAIN, *MBS2],
+        "dp2_distributed_optimizer_overlap": OVERLAP,
+        "cp2": CP2,
+        "cp2_mbs2_full": [*CP2, *MBS2, *FULL],
+        "cp2_plain": [*CP2, *PLAIN],
+    },
+    4: {
+        "tp2_pp2": [*SP, *PP2],
+        "tp2_cp2": [*SP, *CP2],
+        "tp2_cp2_mbs2": [*TP2, *CP2, *MBS2, *PLAIN],
+    },
+}
+CASES = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts if name != "one_rank"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """All layouts from one shared checkpoint, one launch for each number of ranks."""
+    folder = tmp_path_factory.mktemp("layouts")
+    config = config_file(folder, write_data(folder))
+    jobs = folder / "jobs.json"
+
+    def run(world, entries):
+        jobs.write_text(json.dumps(entries))
+        launch("run_layouts.py", [str(config), str(jobs), str(folder)], world)
+        return {e["name"]: json.loads((folder / f"{e['name']}.json").read_text()) for e in entries}
+
+    found = run(1, [{"name": "base", "overrides": ["model.exact.enabled=false"], "steps": 2, "save": True}])
+    start = f"restore_from_path={folder}/runs/base"
+    for world, layouts in LAYOUTS.items():
+        entries = [
+            {
+                "name": name,
+                "steps": STEPS,
+                "overrides": [start, f"trainer.devices={world}", "trainer.limit_val_batches=1", *overrides],
+            }
+            for name, overrides in layouts.items()
+        ]
+        if world == 2:
+            entries += [
+                {"name": "straight", "steps": 4, "overrides": [start, "trainer.devices=2", *TP2]},
+                {"name": "saved", "steps": 2, "save": True, "overrides": [start, "trainer.devices=2", *TP2]},
+            ]
+        found.update(run(world, entries))
+    import shutil
+
+    for name in ("pp2", "one", "cp2"):
+        shutil.copytree(folder / "runs" / "saved", folder / "runs" / f"resumed_{name}")
+    found.update(
+        run(
+            2,
+            [
+                {"name": "resumed_pp2", "steps": 2, "overrides": ["trainer.devices=2", *PP2]},
+                {"name": "resumed_cp2", "steps": 2, "overrides": ["trainer.devices=2", *CP2]},
+            ],
+        )
+    )
+    found.update(run(1, [{"name": "resumed_one", "steps": 2, "overrides": []}]))
+    return found
+
+
+def assert_same(lines, reference, rel=1e-5):
+    assert len(lines) == len(reference)
+    for line, expected in zip(lines, reference):
+        for key in ("lm_loss", "exact_loss", "grad_norm", "validation_loss"):
+            if key in expected:
+                assert line[key] == pytest.approx(expected[key], rel=rel), key
+        assert line.get("targets") == expected.get("targets")
+        assert line["buckets"].keys() == expected["buckets"].keys()
+        for name, bucket in expected["buckets"].items():
+            assert line["buckets"][name]["targets"] == bucket["targets"]
+            assert line["buckets"][name]["loss"] == pytest.approx(bucket["loss"], rel=rel)
+
+
+@pytest.mark.parametrize(("world", "name"), CASES)
+def test_layout_equals_one_rank(results, world, name):
+    assert_same(results[name], results["one_rank"])
+
+
+def test_the_reference_is_worth_comparing_to(results):
+    """Weights are fractional, targets are masked unevenly, three parts are told apart, and training moves."""
+    steps = results["one_rank"][:STEPS]
+    assert len({line["targets"] for line in steps}) > 1 and all(line["targets"] < 8 * 64 for line in steps)
+    assert all(line["lm_loss"] != line["exact_loss"] for line in steps)
+    assert list(steps[0]["buckets"]) == ["0-15", "16-31", "32-64"]
+    assert len(results["one_rank"][-1]["buckets"]) == 4  # validation: 0-7, 8-15, 16-31, 32-64
+    assert steps[-1]["lm_loss"] != pytest.approx(steps[0]["lm_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["resumed_pp2", "resumed_cp2", "resumed_one"])
+def test_a_tp2_checkpoint_goes_on_in_another_layout(results, name):
+    assert_same(results[name], results["straight"][2:])
