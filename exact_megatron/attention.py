@@ -29,14 +29,14 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+
+from .context_parallel import Exchange, GatherSpans, keep_local
 
 __all__ = ["DocumentAttention", "DocumentBoundaries", "check_supported", "document_boundaries"]
 
@@ -230,108 +230,6 @@ def _fastest_on_cuda() -> str:
     return "varlen" if {"scale", "window_size", "enable_gqa"} <= set(known) else "sdpa"
 
 
-# Exchanges over the CP group. What is sent is made contiguous first, gradients above all: empty_like keeps
-# the strides of a permuted tensor, and the collective then fills other places than meant without an error.
-
-
-@functools.cache
-def _zigzag(cp: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the 2*cp chunks stand in rank-major order (rank 0's two, rank 1's two, ...), and the inverse."""
-    place = torch.tensor([2 * c if c < cp else 4 * cp - 1 - 2 * c for c in range(2 * cp)])
-    return place.to(device), place.argsort().to(device)
-
-
-def _exchange(x: Tensor, group: dist.ProcessGroup, batch: int, to_heads: bool) -> Tensor:
-    """Between [S/cp, b, cp, h, d], cut along the sequence, and [b*S, h, d], this rank's part of the heads."""
-    cp, rest = group.size(), x.shape[-2:]
-    place, inverse = _zigzag(cp, x.device)
-    if to_heads:
-        x = x.permute(2, 0, 1, 3, 4)
-    else:
-        x = x.reshape(batch, 2 * cp, -1, *rest).permute(1, 2, 0, 3, 4).index_select(0, inverse)
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    dist.all_to_all_single(out, x, group=group)
-    if to_heads:
-        return out.view(2 * cp, -1, batch, *rest).permute(2, 0, 1, 3, 4).index_select(1, place).flatten(0, 2)
-    return out.view(cp, -1, batch, *rest).permute(1, 2, 0, 3, 4)
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, batch: int, to_heads: bool) -> Tensor:
-        ctx.back = group, batch, not to_heads
-        return _exchange(x, group, batch, to_heads)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange(grad, *ctx.back), None, None, None
-
-
-def _gather(k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """k and v [S/cp, b, kv_heads, d] of every rank -> [2, b*S, kv_heads, d] in sequence order."""
-    cp = group.size()
-    mine = torch.stack([t.unflatten(0, (2, -1)) for t in (k, v)], 1).contiguous()
-    every = mine.new_empty(2 * cp, *mine.shape[1:])
-    dist.all_gather_into_tensor(every, mine, group=group)
-    return every.permute(1, 3, 0, 2, 4, 5).index_select(2, _zigzag(cp, k.device)[0]).flatten(1, 3)
-
-
-class _GatherSpans(torch.autograd.Function):
-    """k and v [S/cp, b, kv_heads, d] -> key, value, key, value, ... of slices of the flattened batch."""
-
-    @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, group: dist.ProcessGroup, spans: Any) -> tuple[Tensor, ...]:
-        ctx.group, ctx.spans, ctx.shape = group, spans, k.shape
-        every = _gather(k, v, group)
-        return tuple(t[span] for span in spans for t in every)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        group, cp, (s, b, *rest) = ctx.group, ctx.group.size(), ctx.shape
-        total = grads[0].new_zeros(2, b * s * cp, *rest)
-        for i, grad in enumerate(grads):
-            total[i % 2, ctx.spans[i // 2]] += grad
-        total = total.view(2, b, 2 * cp, s // 2, *rest).permute(2, 0, 3, 1, 4, 5)
-        total = total.index_select(0, _zigzag(cp, total.device)[1]).contiguous()
-        if dist.get_backend(group) == "nccl":
-            mine = total.new_empty(2, *total.shape[1:])
-            dist.reduce_scatter_tensor(mine, total, group=group)
-        else:  # gloo lacks reduce_scatter for some dtypes
-            dist.all_reduce(total, group=group)
-            mine = total[2 * group.rank() :][:2]
-        return mine[:, 0].reshape(ctx.shape), mine[:, 1].reshape(ctx.shape), None, None
-
-
-def _keep_local(gathered: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> saved_tensors_hooks:
-    """Where a kernel saves a part of the gathered K/V, save only its place; backward gathers once more.
-
-    Every rank's kernel saves some of it, so all ranks join in. A kernel that saves copies only costs memory.
-    """
-    storage, k, v = gathered.untyped_storage().data_ptr(), k.detach(), v.detach()
-    saved, left, every = 0, 0, None
-
-    def pack(t: Tensor) -> Any:
-        nonlocal saved
-        if t.untyped_storage().data_ptr() != storage:
-            return t
-        saved += 1
-        return t.size(), t.stride(), t.storage_offset()
-
-    def unpack(packed: Any) -> Tensor:
-        nonlocal left, every
-        if isinstance(packed, Tensor):
-            return packed
-        if every is None:
-            every, left = _gather(k, v, group), saved
-        t, left = every.as_strided(*packed), left - 1
-        if not left:
-            every = None
-        return t
-
-    return saved_tensors_hooks(pack, unpack)
-
-
 class DocumentAttention(MegatronModule):
     """Causal attention inside documents, in place of `core_attention` in a Megatron layer spec.
 
@@ -444,22 +342,22 @@ class DocumentAttention(MegatronModule):
         lengths = tuple(b - a for a, b in pairwise(documents.boundaries))
         half_on_cuda = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
         name = self.kernel if self.kernel != "auto" else _fastest_on_cuda() if half_on_cuda else "sdpa"
-        kernel = {"te": _te, "varlen": _varlen, "sdpa": _sdpa}[name]
+        kernel: Any = {"te": _te, "varlen": _varlen, "sdpa": _sdpa}[name]
         kernel = functools.partial(kernel, scale=self.softmax_scale)
 
         if self.cp == 1:
             out = _join(kernel(_flat(query), _flat(key), _flat(value), lengths, lengths))
         elif self.mode == "ulysses":
             parts = [t.unflatten(2, (self.cp, -1)) for t in (query, key, value)]
-            together = _Exchange.apply(torch.cat(parts, 3), self.cp_group, b, True)
+            together = Exchange.apply(torch.cat(parts, 3), self.cp_group, b, True)
             out = _join(kernel(*together.split([t.size(3) for t in parts], 1), lengths, lengths))
-            return _Exchange.apply(out, self.cp_group, b, False).flatten(2)
+            return Exchange.apply(out, self.cp_group, b, False).flatten(2)
         else:
             plan = _chunk_plan(documents.boundaries, documents.seq_length, self.cp_group.rank(), self.cp)
             spans, nq, nk = zip(*plan, strict=True)
-            kv = _GatherSpans.apply(key, value, self.cp_group, spans)
+            kv = GatherSpans.apply(key, value, self.cp_group, spans)
             calls = zip(_flat(query).split(s // 2), kv[::2], kv[1::2], nq, nk, strict=True)
-            with _keep_local(kv[0], key, value, self.cp_group):
+            with keep_local(kv[0], key, value, self.cp_group):
                 out = _join([piece for call in calls for piece in kernel(*call)])
         return out.reshape(b, s, -1).transpose(0, 1).contiguous()
 

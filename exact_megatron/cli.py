@@ -26,13 +26,17 @@ def main(argv: list[str] | None = None) -> int:
     prepare.add_arguments(add)
     add.set_defaults(run=prepare.run)
 
-    add = commands.add_parser("census", help="how much context the targets of a data set have, and what EXACT makes of it")
+    add = commands.add_parser(
+        "census", help="how much context the targets of a data set have, and what EXACT makes of it"
+    )
     add.add_argument("prefix", nargs="+", help="common prefix of a .bin/.idx pair; several are counted together")
     add.add_argument("--seq-length", type=int, required=True, help="window in tokens")
     defaults = ExactConfig()
     add.add_argument("--alpha", type=float, default=defaults.alpha)
     add.add_argument("--gamma", type=float, default=defaults.gamma)
-    add.add_argument("--tau", type=int, default=defaults.tau, help="lower edge of the tail; default: a quarter of the window")
+    add.add_argument(
+        "--tau", type=int, default=defaults.tau, help="lower edge of the tail; default: a quarter of the window"
+    )
     add.add_argument("--eps", type=float, default=defaults.eps)
     add.add_argument("--normalization", choices=("corpus", "none"), default=defaults.normalization)
     add.add_argument("--max-weight", type=float, default=defaults.max_weight)
@@ -47,8 +51,12 @@ def main(argv: list[str] | None = None) -> int:
 
     add = commands.add_parser("compare", help="baseline and EXACT from the same base checkpoint, with a report")
     _add_run_arguments(add)
-    add.add_argument("--base-seq-length", type=int, required=True, help="window of the plain pretraining that makes the base")
-    add.add_argument("--base-steps", type=int, required=True, help="its optimizer steps; global_batch_size is kept in tokens")
+    add.add_argument(
+        "--base-seq-length", type=int, required=True, help="window of the plain pretraining that makes the base"
+    )
+    add.add_argument(
+        "--base-steps", type=int, required=True, help="its optimizer steps; global_batch_size is kept in tokens"
+    )
     add.set_defaults(run=run_compare)
 
     add = commands.add_parser("benchmark", help="speed against Megatron's own, in ratios of one run")
@@ -122,6 +130,7 @@ def run_train(args: argparse.Namespace) -> int:
             )
         if run.trainer.devices > 1:
             config = ["--config", args.config] if args.config else []
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // run.trainer.devices)))
             command = torchrun(run.trainer.devices, ["train", *config, *args.overrides])
             os.execv(command[0], command)
         be_single_rank()
@@ -149,6 +158,8 @@ def run_compare(args: argparse.Namespace) -> int:
 
 
 def _quiet_warnings() -> None:
-    """Upstream's import-time notices (no apex, no Transformer Engine, deprecations) on every rank hide our own messages."""
+    """Upstream's notices (no apex, no Transformer Engine, deprecations), once a rank, would hide our own messages."""
     if not os.environ.get("EXACT_WARNINGS"):
         warnings.filterwarnings("ignore", module=r"(megatron|torch|transformer_engine)\b")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")

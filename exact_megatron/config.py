@@ -60,7 +60,9 @@ class ExactConfig:
         if self.tau is not None and self.tau != int(self.tau):
             raise ValueError(f"{PREFIX}tau counts tokens and must be whole, not {self.tau!r}")
         if self.max_weight is not None and self.max_weight < 1:
-            raise ValueError(f"{PREFIX}max_weight must be at least 1 (the weight of short contexts), not {self.max_weight!r}")
+            raise ValueError(
+                f"{PREFIX}max_weight must be at least 1 (the weight of short contexts), not {self.max_weight!r}"
+            )
         if self.normalization not in ("corpus", "none"):
             raise ValueError(f"{PREFIX}normalization must be 'corpus' or 'none', not {self.normalization!r}")
 
@@ -125,7 +127,16 @@ def split_overrides(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
 
 def parse_scalar(text: str) -> Any:
     """Read a YAML scalar as far as this schema needs it: booleans, null, numbers (1e-8 too), else the text itself."""
-    words = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None, "~": None, "": None}
+    words = {
+        "true": True,
+        "True": True,
+        "false": False,
+        "False": False,
+        "null": None,
+        "None": None,
+        "~": None,
+        "": None,
+    }
     if text in words:
         return words[text]
     try:

@@ -16,7 +16,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from .allocation import WeightTable
 from .config import ExactConfig
-from .exposure import ExposureCensus, effective_context
+from .exposure import ExposureCensus
 from .loss import ExactLoss
 from .packing import sample_pieces
 
@@ -33,6 +33,7 @@ class ExactGPTDataset(GPTDataset):
 
     weight_table: WeightTable | None = None
     emit_cu_seqlens = False
+    _tail_start = 0  # least effective context with another weight than 0 has
 
     def attach(self, table: WeightTable, loss: ExactLoss) -> None:
         """Weight the samples by `table`, which `loss` will read.
@@ -51,6 +52,8 @@ class ExactGPTDataset(GPTDataset):
                 "same table first"
             )
         self.weight_table = table
+        tail = np.flatnonzero(table.lookup != table.lookup[0])  # none with alpha = 0
+        self._tail_start = int(tail[0]) if len(tail) else len(table.lookup)
 
     def pieces(self, idx: int) -> tuple[np.ndarray, bool]:
         """Boundaries int64[pieces + 1] of the documents in sample `idx`, and whether its last target is in the last one.
@@ -68,19 +71,33 @@ class ExactGPTDataset(GPTDataset):
             int(self.config.add_extra_token_to_sequence),
         )
 
+    def _weighted(self, mask: np.ndarray, cu_seqlens: np.ndarray, continues: bool) -> np.ndarray:
+        """mask * lookup[effective_context(cu_seqlens, continues)], without a pass over the targets: few pieces reach the tail."""
+        assert self.weight_table is not None
+        lookup, first = self.weight_table.lookup, self._tail_start
+        weighted = mask * lookup[0]
+        boundaries = cu_seqlens.tolist()
+        for start, end in zip(boundaries, boundaries[1:]):
+            if end - start > first:
+                tail = slice(start + first - 1, end - 1)
+                weighted[tail] = mask[tail] * lookup[first : end - start]
+        if continues:
+            weighted[-1] = mask[-1] * lookup[boundaries[-1] - boundaries[-2]]
+        return weighted
+
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         sample = super().__getitem__(idx)
         if self.weight_table is None and not self.emit_cu_seqlens:
             return sample
         cu_seqlens, continues = self.pieces(idx or 0)
         if self.weight_table is not None:
-            weights = self.weight_table.lookup[effective_context(cu_seqlens, continues)]
             # Out of place: up to megatron-core 0.14 the mask is a tensor shared between samples.
-            sample["loss_mask"] = sample["loss_mask"] * torch.from_numpy(weights)
+            mask = self._weighted(sample["loss_mask"].numpy(), cu_seqlens, continues)
+            sample["loss_mask"] = torch.from_numpy(mask)
         if self.emit_cu_seqlens:
-            padded = torch.full((self.config.sequence_length + 1,), self.config.sequence_length, dtype=torch.int32)
-            padded[: len(cu_seqlens)] = torch.from_numpy(cu_seqlens)
-            sample["cu_seqlens"] = padded
+            padded = np.full(self.config.sequence_length + 1, self.config.sequence_length, np.int32)
+            padded[: len(cu_seqlens)] = cu_seqlens
+            sample["cu_seqlens"] = torch.from_numpy(padded)
         return sample
 
 
@@ -145,7 +162,11 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
         path = _census_path(train, self.config)
         if os.path.isfile(path):
             return ExposureCensus.load(path)
-        census = ExposureCensus.from_blend(train) if isinstance(train, BlendedDataset) else ExposureCensus.from_dataset(train)
+        census = (
+            ExposureCensus.from_blend(train)
+            if isinstance(train, BlendedDataset)
+            else ExposureCensus.from_dataset(train)
+        )
         try:
             census.save(path)
         except OSError as error:
@@ -170,8 +191,10 @@ def _census_path(train: Any, config: GPTDatasetConfig) -> str:
     digest = hashlib.md5(train.unique_description.encode(), usedforsecurity=False)
     digest.update(repr((bool(config.add_extra_token_to_sequence), bool(config.eod_mask_loss))).encode())
     for part in parts:  # the description names paths, not what lies there
-        digest.update(np.ascontiguousarray(part.dataset.sequence_lengths))
-    folder = config.path_to_cache or os.path.join(parts[0].dataset.path_prefix, "cache", f"{type(parts[0]).__name__}_indices")
+        digest.update(memoryview(np.ascontiguousarray(part.dataset.sequence_lengths)))
+    folder = config.path_to_cache or os.path.join(
+        parts[0].dataset.path_prefix, "cache", f"{type(parts[0]).__name__}_indices"
+    )
     return os.path.join(folder, f"{digest.hexdigest()}-{type(parts[0]).__name__}-train-census.json")
 
 

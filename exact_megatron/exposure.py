@@ -53,7 +53,9 @@ class ExposureCensus:
     def __init__(self, counts: np.ndarray, seq_length: int, samples: int) -> None:
         counts = np.asarray(counts, dtype=np.int64)
         if counts.shape != (seq_length + 1,) or (counts < 0).any():
-            raise ValueError(f"counts must be {seq_length + 1} numbers >= 0 for a window of {seq_length}, not {counts.shape}")
+            raise ValueError(
+                f"counts must be {seq_length + 1} numbers >= 0 for a window of {seq_length}, not {counts.shape}"
+            )
         self.counts = counts
         self.seq_length = int(seq_length)
         self.samples = int(samples)
@@ -104,7 +106,9 @@ class ExposureCensus:
         total = stream_tokens(lengths, document_index)
         samples = (total - int(add_extra_token)) // seq_length
         if samples < 1:
-            raise ValueError(f"{total} tokens do not fill one sample of {seq_length} tokens: use a shorter window or more text")
+            raise ValueError(
+                f"{total} tokens do not fill one sample of {seq_length} tokens: use a shorter window or more text"
+            )
         if chosen is not None and len(chosen) != samples:
             raise ValueError(f"chosen has {len(chosen)} entries, the stream has {samples} samples")
         return cls._count(lengths, seq_length, document_index, samples, add_extra_token, eod_mask_loss, chosen)

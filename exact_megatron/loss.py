@@ -116,7 +116,9 @@ class ExactLoss:
         self._checked = True
 
 
-def gpt_loss(loss_mask: torch.Tensor, output_tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def gpt_loss(
+    loss_mask: torch.Tensor, output_tensor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """The plain GPT loss as Megatron-LM has it (pretrain_gpt.py: loss_func).
 
     Returns:

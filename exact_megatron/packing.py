@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -63,7 +64,9 @@ def read_index(prefix: str) -> TokenIndex:
         raise ValueError(f"{idx} is not a Megatron index (it starts with {head[:9]!r}): prepare the data again")
     _, version, code, sequences, documents = _HEADER.unpack(head)
     if version != 1 or code not in _DTYPES:
-        raise ValueError(f"{idx} has version {version} and dtype code {code}; known are version 1 and {sorted(_DTYPES)}")
+        raise ValueError(
+            f"{idx} has version {version} and dtype code {code}; known are version 1 and {sorted(_DTYPES)}"
+        )
     dtype = np.dtype(_DTYPES[code])
     if dtype.kind not in "ui":
         raise ValueError(f"{idx} says its tokens are {dtype}; token ids are whole numbers: this is not text data")
@@ -109,17 +112,15 @@ def sample_pieces(
         sample shorter than S (the last one of a validation split) ends with its last document and is padded: the padding
         is folded into the last piece and its targets are masked.
     """
-    (first, offset), (last, end) = sample_index[sample], sample_index[sample + 1]
-    sizes = lengths[document_index[first : last + 1]].astype(np.int64)
+    (first, offset), (last, end) = sample_index[sample : sample + 2].tolist()
+    sizes = lengths[document_index[first : last + 1]].tolist()
     sizes[-1] = end  # of the last document, up to where the next sample starts
     sizes[0] -= offset
-    cu = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=cu[1:])
+    # Without empty documents, and without the document of which a sample only has the label token.
+    cu = [0, *accumulate(size for size in sizes if size > 0)]
     continues = bool(extra_token) and sizes[-1] > 0 and cu[-1] == seq_length
-    if (sizes <= 0).any():  # empty documents, or a sample that ends with a document: its label token opens the next one
-        cu = np.concatenate([cu[:1], cu[1:][sizes > 0]])
     cu[-1] = seq_length
-    return cu, continues
+    return np.array(cu, np.int64), continues
 
 
 @dataclass

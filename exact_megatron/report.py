@@ -63,9 +63,7 @@ def print_census(census: ExposureCensus, table: WeightTable) -> None:
         ["effective context", "targets", "share", "weight", "weighted share"],
     )
     for row in rows:
-        _add_bucket(
-            out, row, start, _percent(row["share"]), f"{row['weight']:.4f}", _percent(row["weighted_share"])
-        )
+        _add_bucket(out, row, start, _percent(row["share"]), f"{row['weight']:.4f}", _percent(row["weighted_share"]))
     out.add_section()
     out.add_row("all", f"{census.targets:,}", _percent(1), f"{table.mean:.4f}", _percent(1), "")
 
@@ -82,14 +80,11 @@ def print_census(census: ExposureCensus, table: WeightTable) -> None:
         f"The tail has {before} of the targets, and {after} of the loss mass with the weights.",
         f"Budget: {_percent(budget)} more supervision for the tail's targets ({alpha}), shared out among its "
         f"buckets by inverse frequency (gamma {config.gamma:g}).",
-        f"{census.samples:,} samples, {census.tokens:,} tokens. "
-        f"Census {census.digest}, weights {table.digest}.",
+        f"{census.samples:,} samples, {census.tokens:,} tokens. Census {census.digest}, weights {table.digest}.",
     ]
     if config.normalization == "corpus":
         mean = table.bucket_weights[0] / float(table.lookup[0])
-        lines.insert(
-            3, f"Weights are divided by their mean over the corpus, {mean:.6f}, so that the mean is 1."
-        )
+        lines.insert(3, f"Weights are divided by their mean over the corpus, {mean:.6f}, so that the mean is 1.")
     _print(out, *lines)
 
 
@@ -113,9 +108,7 @@ def draw_census(rows: Sequence[Row], tau: int, path: str | os.PathLike[str]) -> 
         rows: all buckets in order of context, with low, high, share, weight and weighted_share.
         tau: the buckets with low >= tau, in tokens, are the tail.
     """
-    figure = _figure(
-        11.5, 5.2, f"Which targets the loss is made of, in a window of {rows[-1]['high']:,} tokens"
-    )
+    figure = _figure(11.5, 5.2, f"Which targets the loss is made of, in a window of {rows[-1]['high']:,} tokens")
     tail = [row for row in rows if row["low"] >= tau]
     weighted, numbers = list(rows), False
     if 0 < len(tail) < len(rows):
@@ -123,9 +116,7 @@ def draw_census(rows: Sequence[Row], tau: int, path: str | os.PathLike[str]) -> 
         left, axes = figure.subplots(1, 2, width_ratios=widths)
         weighted, numbers = tail, len(tail) <= 4
         before, after = (sum(row[key] for row in tail) for key in ("share", "weighted_share"))
-        left.set_title(
-            f"All targets: the tail's share goes from {_percent(before)} to {_percent(after)}", fontsize=12
-        )
+        left.set_title(f"All targets: the tail's share goes from {_percent(before)} to {_percent(after)}", fontsize=12)
         _share_bars(left, rows)
         edge = len(rows) - len(tail) - 0.5
         left.axvspan(edge, len(rows) - 0.4, color=TAIL_SHADE, zorder=0)
@@ -136,9 +127,7 @@ def draw_census(rows: Sequence[Row], tau: int, path: str | os.PathLike[str]) -> 
         align = "left" if side > 0 else "right"
         left.text(edge + 0.1 * side, top * 1.11, f"tau = {tau:,}", va="top", ha=align, color=TAIL_LINE)
         axes.set_facecolor(TAIL_SHADE)
-        axes.set_title(
-            f"The tail, and its weights\n(all other targets: × {rows[0]['weight']:.3f})", fontsize=12
-        )
+        axes.set_title(f"The tail, and its weights\n(all other targets: × {rows[0]['weight']:.3f})", fontsize=12)
     else:
         left = axes = figure.subplots()
     _share_bars(axes, weighted, numbers)
@@ -167,9 +156,7 @@ def _share_bars(axes: Any, rows: Sequence[Row], numbers: bool = False) -> None:
         (-0.2, "share", "baseline", "before: every target counts the same"),
         (0.2, "weighted_share", "exact", "after: with the EXACT weights"),
     ):
-        bars = axes.bar(
-            x + shift, [100 * row[key] for row in rows], 0.38, color=COLORS[arm], label=label, zorder=2
-        )
+        bars = axes.bar(x + shift, [100 * row[key] for row in rows], 0.38, color=COLORS[arm], label=label, zorder=2)
         if numbers:
             axes.bar_label(bars, fmt="%.1f %%", fontsize=9, padding=2)
     labels = axes.set_xticks(x, [bucket_label(row["low"], row["high"]) for row in rows])
@@ -224,9 +211,7 @@ class Comparison:
             low, high = map(int, name.split("-"))
             loss = {arm: self.held_out[arm]["buckets"][name]["loss"] for arm in ARMS}
             difference = None if None in loss.values() else loss["exact"] - loss["baseline"]
-            rows.append(
-                {"low": low, "high": high, "targets": bucket["targets"], **loss, "difference": difference}
-            )
+            rows.append({"low": low, "high": high, "targets": bucket["targets"], **loss, "difference": difference})
         return sorted(rows, key=lambda row: row["low"])
 
     def total(self) -> dict[str, Any]:
@@ -243,12 +228,9 @@ class Comparison:
             values = values[min(SKIPPED_STEPS, len(values) // 2) :]
             low, median[arm], high = np.percentile(values, [25, 50, 75])
             parts.append(
-                f"{name} {median[arm]:,.0f} tokens/s (middle half of {len(values)} steps: {low:,.0f} to "
-                f"{high:,.0f})"
+                f"{name} {median[arm]:,.0f} tokens/s (middle half of {len(values)} steps: {low:,.0f} to {high:,.0f})"
             )
-        return (
-            f"Median speed: {', '.join(parts)}; EXACT / baseline {median['exact'] / median['baseline']:.3f}."
-        )
+        return f"Median speed: {', '.join(parts)}; EXACT / baseline {median['exact'] / median['baseline']:.3f}."
 
 
 def read_comparison(comparison_dir: str | os.PathLike[str]) -> Comparison:
@@ -267,18 +249,14 @@ def read_comparison(comparison_dir: str | os.PathLike[str]) -> Comparison:
     for run in ("base", *ARMS):
         for name in ("config.yaml", "metrics.jsonl", "validation.jsonl"):
             if not (folder / run / name).is_file():
-                raise FileNotFoundError(
-                    f"{folder / run / name} does not exist: `exact-megatron compare` writes it"
-                )
+                raise FileNotFoundError(f"{folder / run / name} does not exist: `exact-megatron compare` writes it")
         configs[run] = OmegaConf.to_container(OmegaConf.load(folder / run / "config.yaml"))  # type: ignore[assignment]
         last = configs[run]["trainer"]["max_steps"]
         for name, runs in lines.items():
             text = (folder / run / f"{name}.jsonl").read_text()
             runs[run] = [json.loads(line) for line in text.splitlines()]
             if not runs[run] or runs[run][-1]["step"] != last:
-                raise ValueError(
-                    f"{folder / run / name}.jsonl does not reach step {last}: run the comparison again"
-                )
+                raise ValueError(f"{folder / run / name}.jsonl does not reach step {last}: run the comparison again")
 
     weighted = {run: configs[run]["model"]["exact"]["enabled"] for run in ARMS}
     differing = changed_settings(configs["baseline"], configs["exact"])
@@ -294,9 +272,7 @@ def read_comparison(comparison_dir: str | os.PathLike[str]) -> Comparison:
     measured = {run: {k: b["targets"] for k, b in held_out[run]["buckets"].items()} for run in configs}
     for what, targets in (("trained", trained), ("measured", measured)):
         if targets["baseline"] != targets["exact"]:
-            raise ValueError(
-                f"{folder}: baseline and exact were {what} on different targets, so that they are no pair"
-            )
+            raise ValueError(f"{folder}: baseline and exact were {what} on different targets, so that they are no pair")
 
     weights = json.loads((folder / "exact" / "weights.json").read_text())
     facts = folder / "comparison.json"
@@ -305,9 +281,7 @@ def read_comparison(comparison_dir: str | os.PathLike[str]) -> Comparison:
     )
 
 
-def changed_settings(
-    one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = ""
-) -> dict[str, tuple[Any, Any]]:
+def changed_settings(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Settings in which two nested configurations differ: {"model.seed": (value in one, value in other)}."""
     changed: dict[str, tuple[Any, Any]] = {}
     for key in {**one, **other}:
@@ -381,12 +355,8 @@ def draw_held_out(result: Comparison, path: str | os.PathLike[str]) -> None:
     room = 0.2 * (high - low) or 1e-3
     below.set_ylim(low - room, high + room)
     below.set_ylabel("EXACT − baseline\n(below 0: EXACT lower)")
-    below.set_xticks(
-        x, [f"{bucket_label(row['low'], row['high'])}\n{_count(row['targets'])}" for row in rows]
-    )
-    below.set_xlabel(
-        "effective context of a target in tokens, and the number of held-out targets that have it"
-    )
+    below.set_xticks(x, [f"{bucket_label(row['low'], row['high'])}\n{_count(row['targets'])}" for row in rows])
+    below.set_xlabel("effective context of a target in tokens, and the number of held-out targets that have it")
     edge = sum(row["low"] < result.tau for row in rows) - 0.5
     for axes in (above, below):
         _plain(axes)
@@ -430,7 +400,8 @@ def draw_training(result: Comparison, path: str | os.PathLike[str]) -> None:
     left.set_title(f"Base, then both arms at a window of {result.window:,}", fontsize=12)
     left.set_ylabel("loss (nats per target)")
     left.set_xlabel(f"{unit} tokens")
-    left.legend(frameon=False, title=f"thick: mean of {width} steps", loc="upper right")
+    title = f"thick: mean of {width} steps"
+    left.legend(title=title, loc="upper right", facecolor="white", edgecolor="none", framealpha=1)
     right.axhline(0, color="black", linewidth=0.8)
     right.set_title("Difference at the same step, on the same text", fontsize=12)
     right.set_ylabel("EXACT − baseline (below 0: EXACT lower)")
@@ -523,9 +494,7 @@ def _markdown(result: Comparison) -> str:
     weights = [["effective context", "targets", "share", "weight", "weighted share", ""]]
     for row in buckets:
         shares = [_percent(row["share"]), f"{row['weight']:.4f}", _percent(row["weighted_share"])]
-        weights.append(
-            [f"{row['low']}-{row['high']}", f"{row['targets']:,}", *shares, _mark(row, result.tau)]
-        )
+        weights.append([f"{row['low']}-{row['high']}", f"{row['targets']:,}", *shares, _mark(row, result.tau)])
     tokens_per_step = model["global_batch_size"] * result.window
     setup = [["", ""], *([name, str(value)] for name, value in result.facts.items() if name != "parameters")]
     setup += [
@@ -573,9 +542,7 @@ _LAYOUT = (
 
 def _markdown_table(rows: Sequence[Sequence[str]], align: str = "right") -> str:
     rule = ["---:" if align == "right" and name else "---" for name in rows[0]]
-    return "\n".join(
-        "| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in (rows[0], rule, *rows[1:])
-    )
+    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in (rows[0], rule, *rows[1:]))
 
 
 def _table(title: str, columns: Sequence[str]) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 def main() -> None:
     import torch
+
     from exact_megatron.training.config import load_config
     from exact_megatron.training.data import build_loader
     from exact_megatron.training.trainer import Trainer, shutdown

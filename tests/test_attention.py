@@ -109,9 +109,7 @@ def test_equals_dense_in_a_batch(seed):
 def test_plain_packed_seq_params():
     cuts, case = packing(7, 2), tensors(4, 4, 2)
     cu = torch.tensor(cuts, dtype=torch.int32)
-    plain = PackedSeqParams(
-        qkv_format="sbhd", cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=S, max_seqlen_kv=S
-    )
+    plain = PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=S, max_seqlen_kv=S)
     module = DocumentAttention(config(), 1)
     for a, b in zip(
         run(attend(module, plain), *case),
@@ -135,9 +133,7 @@ def test_forward_reads_the_host_copy():
     cuts, case = packing(7, 2), tensors(4, 4, 2)
     params = document_boundaries(cuts, S, 2)
     params.cu_seqlens_q = params.cu_seqlens_kv = None
-    assert_close(
-        run(attend(DocumentAttention(config(), 1), params), *case), run(lambda *t: dense(*t, cuts), *case)
-    )
+    assert_close(run(attend(DocumentAttention(config(), 1), params), *case), run(lambda *t: dense(*t, cuts), *case))
 
 
 def test_without_boundaries_is_causal_over_samples():
@@ -273,9 +269,7 @@ def test_constructor_refuses(given, message):
 def test_forward_refuses():
     module, (q, k, v, _) = DocumentAttention(config(), 1), tensors(4, 4, 1)
     cu = torch.tensor([0, S], dtype=torch.int32)
-    with pytest.raises(
-        ValueError, match="qkv_format='thd': build packed_seq_params with document_boundaries"
-    ):
+    with pytest.raises(ValueError, match="qkv_format='thd': build packed_seq_params with document_boundaries"):
         module(q, k, v, None, packed_seq_params=PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu))
     with pytest.raises(ValueError, match=f"boundaries of {S // 2} tokens .* came with 1 samples of {S}"):
         module(q, k, v, None, packed_seq_params=document_boundaries([0, S // 2], S // 2))
@@ -318,9 +312,7 @@ def test_mode_follows_the_heads(heads, groups, tp, cp, mode):
     assert build_module(spec, config=given, layer_number=1, pg_collection=pgs).mode == "gather"
     if mode == "gather":
         kv = max(1, (groups or heads) // tp)
-        with pytest.raises(
-            ValueError, match=f"groups={groups} over .*size={tp} leave {kv} KV .* divide by .*={cp}:"
-        ):
+        with pytest.raises(ValueError, match=f"groups={groups} over .*size={tp} leave {kv} KV .* divide by .*={cp}:"):
             DocumentAttention(given, 1, pg_collection=pgs, mode="ulysses")
 
 

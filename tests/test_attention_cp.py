@@ -30,7 +30,7 @@ os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 from test_attention import PACKINGS, S, assert_close, attend, config, dense, packing, run, tensors  # noqa: E402
 
-from exact_megatron import attention  # noqa: E402
+from exact_megatron import context_parallel  # noqa: E402
 from exact_megatron.attention import DocumentAttention, document_boundaries  # noqa: E402
 
 WORLD, SECONDS = 4, 300
@@ -59,17 +59,11 @@ def run_local(attend_, cp: int, *case: torch.Tensor):
 
 
 def equals_dense(cp: int, mode: str) -> None:
-    cases = [(name, cuts, 1) for name, cuts in PACKINGS.items()] + [
-        (f"batch{i}", packing(i, 2), 2) for i in range(4)
-    ]
+    cases = [(name, cuts, 1) for name, cuts in PACKINGS.items()] + [(f"batch{i}", packing(i, 2), 2) for i in range(4)]
     for i, (name, cuts, batch) in enumerate(cases):
-        heads, groups = (
-            [(4, 4), (8, 4), (16, 4)][i % 3] if mode == "ulysses" else [(4, 4), (4, 2), (4, 1)][i % 3]
-        )
+        heads, groups = [(4, 4), (8, 4), (16, 4)][i % 3] if mode == "ulysses" else [(4, 4), (4, 2), (4, 1)][i % 3]
         case = tensors(heads, groups, batch, i)
-        ours = run_local(
-            attend(module(cp, mode, heads, groups), document_boundaries(cuts, S, batch)), cp, *case
-        )
+        ours = run_local(attend(module(cp, mode, heads, groups), document_boundaries(cuts, S, batch)), cp, *case)
         reference = run(lambda *t, cuts=cuts: dense(*t, cuts), *case)
         try:
             assert_close(ours, [zigzag(t, GROUPS[cp].rank(), cp, 0) for t in reference])
@@ -106,9 +100,7 @@ def gradient_strides(cp: int, mode: str) -> None:
             q_, k_, v_ = (cut(t).clone().requires_grad_() for t in (q, k, v))
             out = function(q_, k_, v_)
             weight = torch.linspace(-1, 1, out.size(2), dtype=out.dtype)
-            (out.sum((0, 1)) * weight).sum().backward() if expand else (
-                out.permute(2, 1, 0) ** 2
-            ).sum().backward()
+            (out.sum((0, 1)) * weight).sum().backward() if expand else (out.permute(2, 1, 0) ** 2).sum().backward()
             return out.detach(), q_.grad, k_.grad, v_.grad
 
         cut = partial(zigzag, rank=GROUPS[cp].rank(), cp=cp, dim=0)
@@ -120,20 +112,18 @@ def gather_keeps_local(cp: int) -> None:
     """The gathered K/V are freed after the forward, gathered once more in the backward, and freed again."""
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    gathered, gather = [], attention._gather
+    gathered, gather = [], context_parallel._gather
 
     def watch(*args):
         every = gather(*args)
         gathered.append(StorageWeakRef(every.untyped_storage()))
         return every
 
-    attention._gather = watch
+    context_parallel._gather = watch
     try:
         q, k, v, w = (zigzag(t, GROUPS[cp].rank(), cp, 0) for t in tensors(4, 2, 2))
         q, k, v = (t.clone().requires_grad_() for t in (q, k, v))
-        out = module(cp, "gather", 4, 2)(
-            q, k, v, None, packed_seq_params=document_boundaries(packing(2, 2), S, 2)
-        )
+        out = module(cp, "gather", 4, 2)(q, k, v, None, packed_seq_params=document_boundaries(packing(2, 2), S, 2))
         assert len(gathered) == 1 and gathered[0].expired(), "the gathered K/V outlive the forward"
         (out * w).sum().backward()
         assert len(gathered) == 2 and gathered[1].expired(), [g.expired() for g in gathered]
@@ -141,7 +131,7 @@ def gather_keeps_local(cp: int) -> None:
             module(cp, "gather", 4, 2)(q, k, v, None)
         assert len(gathered) == 3 and gathered[2].expired()
     finally:
-        attention._gather = gather
+        context_parallel._gather = gather
 
 
 def batch_is_megatrons(cp: int) -> None:
@@ -155,13 +145,9 @@ def batch_is_megatrons(cp: int) -> None:
         known = inspect.signature(get_batch_on_this_cp_rank).parameters
         more = {n: v for n, v in {"is_hybrid_cp": False, "cp_group": group}.items() if n in known}
         x = torch.arange(2 * S).view(2, S)
-        assert torch.equal(
-            get_batch_on_this_cp_rank({"x": x.clone()}, **more)["x"], zigzag(x, group.rank(), cp, 1)
-        )
+        assert torch.equal(get_batch_on_this_cp_rank({"x": x.clone()}, **more)["x"], zigzag(x, group.rank(), cp, 1))
         given = config(4, 4, context_parallel_size=cp)
-        assert DocumentAttention(given, 1).cp_group is group, (
-            "without process groups: those of parallel_state"
-        )
+        assert DocumentAttention(given, 1).cp_group is group, "without process groups: those of parallel_state"
     finally:
         parallel_state.destroy_model_parallel()
 
@@ -215,18 +201,14 @@ def gpt(tp: int, cp: int, core_attention, recompute: str, documents: bool = True
     cp_group = parallel_state.get_context_parallel_group()
 
     def split(parameter) -> int | None:
-        return (
-            parameter.partition_dim if tp > 1 and getattr(parameter, "tensor_model_parallel", False) else None
-        )
+        return parameter.partition_dim if tp > 1 and getattr(parameter, "tensor_model_parallel", False) else None
 
     for name, parameter in model.named_parameters():
         shape, dim = list(parameter.shape), split(parameter)
         if dim is not None:
             shape[dim] *= tp
         seed = int(hashlib.md5(name.encode()).hexdigest()[:8], 16)
-        full = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * (
-            0.3 if "norm" in name else 0.15
-        )
+        full = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * (0.3 if "norm" in name else 0.15)
         full = full + 1 if "norm" in name else full
         parameter.data.copy_(full if dim is None else full.chunk(tp, dim)[tp_rank])
 
@@ -239,18 +221,14 @@ def gpt(tp: int, cp: int, core_attention, recompute: str, documents: bool = True
         batch = [zigzag(t, cp_group.rank(), cp, 1) for t in (tokens[:, :-1], tokens[:, 1:], weight, place)]
         mask = params = None
         if core_attention is None:
-            document = torch.bucketize(torch.arange(2 * WINDOW), torch.tensor(cuts[1:-1]), right=True).view(
-                2, 1, -1
-            )
+            document = torch.bucketize(torch.arange(2 * WINDOW), torch.tensor(cuts[1:-1]), right=True).view(2, 1, -1)
             ahead = torch.ones(WINDOW, WINDOW, dtype=torch.bool).triu(1)
             mask = ((document.mT != document) | ahead)[:, None]
         elif documents:
             params = document_boundaries(cuts, WINDOW, 2)
         out = model(batch[0], batch[3], mask, labels=batch[1], packed_seq_params=params)
         losses.append((out * batch[2]).sum())
-    sum(
-        losses
-    ).backward()  # both forwards came first: recomputation must find its own micro-batch's boundaries
+    sum(losses).backward()  # both forwards came first: recomputation must find its own micro-batch's boundaries
 
     loss = sum(losses).detach()
     dist.all_reduce(loss, group=cp_group)
@@ -286,9 +264,7 @@ def gpt_equals_stock(tp: int, cp: int, mode: str, recompute: str, documents: boo
         error = (grads[name] - grad).abs().max() / grad.abs().max()
         assert error < 1e-5, f"{name}: {error:.1e}"
     if documents:
-        assert abs(loss / STOCK.setdefault(False, gpt(1, 1, None, "kept", False))[0] - 1) > 1e-3, (
-            "boundaries unused"
-        )
+        assert abs(loss / STOCK.setdefault(False, gpt(1, 1, None, "kept", False))[0] - 1) > 1e-3, "boundaries unused"
 
 
 CHECKS = {
@@ -373,10 +349,7 @@ if __name__ == "__main__":
     fork = multiprocessing.get_context("fork")  # before any thread: the slow imports are done once
     import megatron.core.models.gpt  # noqa: F401
 
-    ranks = [
-        fork.Process(target=worker, args=(i, sys.argv[1], Path(sys.argv[2], f"{i}.json")))
-        for i in range(WORLD)
-    ]
+    ranks = [fork.Process(target=worker, args=(i, sys.argv[1], Path(sys.argv[2], f"{i}.json"))) for i in range(WORLD)]
     for process in ranks:
         process.start()
     for process in ranks:

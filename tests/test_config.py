@@ -77,12 +77,20 @@ def test_split_overrides_keeps_the_hosts_arguments():
 
 
 def test_parse_scalar():
-    assert [parse_scalar(t) for t in ("true", "null", "3", "1e-8", "'corpus'", "none")] == [True, None, 3, 1e-8, "corpus", "none"]
+    assert [parse_scalar(t) for t in ("true", "null", "3", "1e-8", "'corpus'", "none")] == [
+        True,
+        None,
+        3,
+        1e-8,
+        "corpus",
+        "none",
+    ]
 
 
 def test_public_names_need_no_torch():
     import subprocess
     import sys
 
-    code = "import sys, exact_megatron as e; [getattr(e, n) for n in e.__all__]; assert not {'torch', 'megatron'} & set(sys.modules)"
+    code = "import sys, exact_megatron as e; [getattr(e, n) for n in e.__all__]; "
+    code += "assert not {'torch', 'megatron'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

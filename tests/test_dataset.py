@@ -123,7 +123,11 @@ def test_off_and_alpha_0_are_bitwise_stock(tmp_path, write_corpus, exact, eod_ma
         eod = 7
 
     config = dataset_config(
-        tmp_path, ([write_corpus(lengths)], None), eod_mask_loss=eod_mask_loss, tokenizer=Tokenizer(), create_attention_mask=True
+        tmp_path,
+        ([write_corpus(lengths)], None),
+        eod_mask_loss=eod_mask_loss,
+        tokenizer=Tokenizer(),
+        create_attention_mask=True,
     )
     stock = BlendedMegatronDatasetBuilder(GPTDataset, [30, 0, 0], lambda: True, config).build()[0]
     ours = build(config, [30, 0, 0], exact)[0][0]

@@ -22,6 +22,7 @@ FULL = [
     "model.activations_checkpoint_num_layers=1",
 ]
 SELECTIVE = ["model.activations_checkpoint_granularity=selective"]
+EVEN = ["model.data.eod_mask_loss=false"]  # every micro-batch supervises the same number of targets
 OVERLAP = ["model.optim.overlap_grad_sync=true", "model.optim.overlap_param_sync=true"]
 
 LAYOUTS = {
@@ -79,8 +80,29 @@ def results(tmp_path_factory):
             }
             for name, overrides in layouts.items()
         ]
+        if world == 1:
+            entries += [
+                {"name": "off", "steps": STEPS, "overrides": [start, "model.exact.enabled=false"]},
+                {"name": "alpha0", "steps": STEPS, "overrides": [start, "model.exact.alpha=0"]},
+                {
+                    "name": "not_per_token",
+                    "steps": STEPS,
+                    "overrides": [start, *EVEN, "model.calculate_per_token_loss=false"],
+                },
+                {"name": "even", "steps": STEPS, "overrides": [start, *EVEN]},
+            ]
         if world == 2:
             entries += [
+                {
+                    "name": "not_per_token_cp2",
+                    "steps": STEPS,
+                    "overrides": [start, "trainer.devices=2", *CP2, *EVEN, "model.calculate_per_token_loss=false"],
+                },
+                {
+                    "name": "not_per_token_dp2",
+                    "steps": STEPS,
+                    "overrides": [start, "trainer.devices=2", *EVEN, "model.calculate_per_token_loss=false"],
+                },
                 {"name": "straight", "steps": 4, "overrides": [start, "trainer.devices=2", *TP2]},
                 {"name": "saved", "steps": 2, "save": True, "overrides": [start, "trainer.devices=2", *TP2]},
             ]
@@ -133,3 +155,14 @@ def test_the_reference_is_worth_comparing_to(results):
 @pytest.mark.parametrize("name", ["resumed_pp2", "resumed_cp2", "resumed_one"])
 def test_a_tp2_checkpoint_goes_on_in_another_layout(results, name):
     assert_same(results[name], results["straight"][2:])
+
+
+def test_alpha_0_is_bitwise_the_baseline(results):
+    for line, expected in zip(results["alpha0"], results["off"], strict=True):
+        for key in ("lm_loss", "exact_loss", "grad_norm", "targets"):
+            assert line[key] == expected[key]
+
+
+@pytest.mark.parametrize("name", ["not_per_token", "not_per_token_cp2", "not_per_token_dp2"])
+def test_mean_of_means_is_the_same_where_counts_are_even(results, name):
+    assert_same(results[name], results["even"])

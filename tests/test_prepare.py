@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from exact_megatron import prepare as room
+from exact_megatron import tokenizer as tokenizer_module
 
 IndexedDataset = pytest.importorskip("megatron.core.datasets.indexed_dataset").IndexedDataset
 tokenizers = pytest.importorskip("tokenizers")
@@ -32,9 +33,7 @@ def prepare(inputs, output, **options):
 def documents(prefix):
     """The texts of a dataset, after checking that each sequence is one document and ends in its only EOD."""
     meta = json.loads(Path(f"{prefix}.json").read_text())
-    tokenizer = tokenizers.Tokenizer.from_file(
-        str(Path(prefix).parent / meta["tokenizer"] / "tokenizer.json")
-    )
+    tokenizer = tokenizers.Tokenizer.from_file(str(Path(prefix).parent / meta["tokenizer"] / "tokenizer.json"))
     data = IndexedDataset(str(prefix))
     rows = [data[i] for i in range(len(data))]
     assert list(data.document_indices) == list(range(len(data) + 1))
@@ -242,7 +241,7 @@ def test_second_process_is_refused(tmp_path):
     ready, done = context.Event(), context.Event()
 
     def hold():
-        room._train_tokenizer = lambda *args: (ready.set(), done.wait(20), os._exit(0))
+        room.train_bpe = lambda *args, **kwargs: (ready.set(), done.wait(20), os._exit(0))
         prepare(path, tmp_path / "out")
 
     process = context.Process(target=hold)
@@ -378,7 +377,7 @@ def test_trained_tokenizer_loads_in_transformers(tmp_path):
 def test_tokenizer_sample_is_bounded_and_leaves_out_held_out_documents(tmp_path, monkeypatch):
     seen = []
     recorder = argparse.Namespace(sub=lambda _, text: seen.append(text) or text)
-    monkeypatch.setattr(room, "LONG_WORD", recorder)  # every training text goes through it
+    monkeypatch.setattr(tokenizer_module, "LONG_WORD", recorder)  # every training text goes through it
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     prepare(path, tmp_path / "out", tokenizer_bytes=1000, valid_fraction=0.25)
     monkeypatch.undo()

@@ -62,9 +62,7 @@ def test_printed_census_has_every_bucket_marks_the_tail_and_adds_up(capsys):
     room.print_census(census, table)
     out = capsys.readouterr().out
     assert "\x1b" not in out  # no terminal, no escape codes
-    rows = {
-        cells[1].strip(): cells for cells in (line.split("│") for line in out.splitlines()) if len(cells) > 5
-    }
+    rows = {cells[1].strip(): cells for cells in (line.split("│") for line in out.splitlines()) if len(cells) > 5}
     assert rows["16 - 31"][2].strip() == "160" and rows["16 - 31"][6].strip() == "tail"
     assert rows["8 - 15"][6].strip() == "" and rows["32 - 64"][6].strip() == "tail"
     assert rows["32 - 64"][4].strip() == f"{table.rows()[3]['weight']:.4f}"
@@ -159,9 +157,7 @@ def hand_made(folder, losses=BUCKET_LOSSES):
                 line = {"step": step, "lm_loss": LOSSES[run] + 1 / step, "tokens": 128 * step, "targets": 128}
                 stream.write(json.dumps({**line, "tokens_per_s": 1.0 if step < 6 else speed}) + "\n")
         values = losses.get(run, [4.5] * 4)
-        buckets = {
-            b: {"loss": loss, "targets": 10 * (i + 1)} for i, (b, loss) in enumerate(zip(BUCKETS, values))
-        }
+        buckets = {b: {"loss": loss, "targets": 10 * (i + 1)} for i, (b, loss) in enumerate(zip(BUCKETS, values))}
         lines = [{"step": s, "validation_loss": LOSSES[run] + 12 - s, "buckets": buckets} for s in (6, 12)]
         (where / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     weights = {"census": census.digest, "digest": table.digest, "buckets": table.rows()}
@@ -173,11 +169,7 @@ def hand_made(folder, losses=BUCKET_LOSSES):
 
 def cells(text, first):
     """Cells of the Markdown table rows that start with `first`."""
-    return [
-        [c.strip() for c in line.split("|")[1:-1]]
-        for line in text.splitlines()
-        if line.startswith(f"| {first} |")
-    ]
+    return [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith(f"| {first} |")]
 
 
 def test_report_repeats_the_numbers_of_the_runs(tmp_path, capsys):
@@ -236,9 +228,7 @@ def rewrite(path, change):
             "trained on different",
         ),
         (
-            lambda f: rewrite(
-                f / "exact" / "validation.jsonl", lambda x: x["buckets"]["0-7"].update(targets=9)
-            ),
+            lambda f: rewrite(f / "exact" / "validation.jsonl", lambda x: x["buckets"]["0-7"].update(targets=9)),
             "measured on different",
         ),
         (
@@ -400,9 +390,7 @@ def test_launch_passes_exit_codes_and_output_on(compare, capfd):
     assert "seen" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
-)
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("stubborn", [False, True], ids=["obeys", "ignores"])
 def test_launch_ends_the_child_on_a_signal(compare, tmp_path, number, code, stubborn):
     """A first signal asks the child to stop; a second kills it and its children in other sessions."""

@@ -39,7 +39,9 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     found = checkpoints(path)
     if not found:
-        raise FileNotFoundError(f"no checkpoint at {path}: give a run directory with checkpoints/step_N, or such a folder itself")
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: give a run directory with checkpoints/step_N, or such a folder itself"
+        )
     return found[-1]
 
 
@@ -49,7 +51,9 @@ def _model_state(model: list[Any]) -> dict[str, Any]:
     return {name: chunk.module.sharded_state_dict(metadata=dict(_SHARDING)) for name, chunk in zip(names, model)}
 
 
-def save(run_dir: str | Path, step: int, model: list[Any], optimizer: Any, scheduler: Any, state: dict[str, Any], keep: int) -> Path:
+def save(
+    run_dir: str | Path, step: int, model: list[Any], optimizer: Any, scheduler: Any, state: dict[str, Any], keep: int
+) -> Path:
     """Write checkpoint `step` on all ranks and remove all but the newest `keep` (-1: none).
 
     Args:
@@ -108,7 +112,8 @@ def refuse_changed_run(state: dict[str, Any], now: dict[str, Any], run: RunConfi
     changed = {
         key: (state["exact"].get(key), value)
         for key, value in now["exact"].items()
-        if key not in ("log_buckets", "allow_changed_weights", "allow_unmasked_documents") and state["exact"].get(key) != value
+        if key not in ("log_buckets", "allow_changed_weights", "allow_unmasked_documents")
+        and state["exact"].get(key) != value
     }
     for key in ("census", "weights"):
         if state[key] != now[key]:

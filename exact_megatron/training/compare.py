@@ -60,9 +60,7 @@ class Arm:
         return max((int(match[1]) for match in found if match), default=0)
 
 
-def compare(
-    config_path: str | Path | None, overrides: list[str], base_seq_length: int, base_steps: int
-) -> None:
+def compare(config_path: str | Path | None, overrides: list[str], base_seq_length: int, base_steps: int) -> None:
     """Train `base`, `baseline` and `exact` in exp_manager.exp_dir, and write the report there.
 
     A finished run is kept, a stopped one goes on from its newest checkpoint. SIGINT, SIGTERM and SIGHUP stop
@@ -80,16 +78,12 @@ def compare(
         RuntimeError: a run failed or was stopped from outside; names it and its exit code.
     """
     if is_rank():
-        raise ValueError(
-            "start `exact-megatron compare` once, not under torchrun or srun: it starts the ranks itself"
-        )
+        raise ValueError("start `exact-megatron compare` once, not under torchrun or srun: it starts the ranks itself")
     arms = plan(config_path, overrides, base_seq_length, base_steps)
     for arm in arms:
         _refuse_other_run(arm)
     if arms[0].run.trainer.devices > 1:
-        os.environ.setdefault(
-            "OMP_NUM_THREADS", "1"
-        )  # torchrun's own choice, which it announces with a banner
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own choice, without its banner
     trained = False
     for number, arm in enumerate(arms, 1):
         headline = f"{arm.name} ({number} of {len(arms)}): {arm.what}"
@@ -116,9 +110,7 @@ def compare(
     write_report(folder)
 
 
-def plan(
-    config_path: str | Path | None, overrides: list[str], base_seq_length: int, base_steps: int
-) -> list[Arm]:
+def plan(config_path: str | Path | None, overrides: list[str], base_seq_length: int, base_steps: int) -> list[Arm]:
     """The three runs with their commands; nothing is started or written. Arguments as for `compare`.
 
     Raises:
@@ -128,9 +120,7 @@ def plan(
     run = load_config(config_path, overrides)
     data, model, exp_dir = run.model.data, run.model, Path(run.exp_manager.exp_dir)
     if run.trainer.num_nodes > 1:
-        raise ValueError(
-            f"trainer.num_nodes={run.trainer.num_nodes}: compare starts its ranks on one machine"
-        )
+        raise ValueError(f"trainer.num_nodes={run.trainer.num_nodes}: compare starts its ranks on one machine")
     if run.trainer.limit_val_batches < 1 or not _has_validation(data.data_prefix, data.splits_string):
         raise ValueError(
             "compare reports held-out losses: set trainer.limit_val_batches and give validation data "
@@ -179,9 +169,7 @@ def plan(
         settings = [*overrides, *own, f"exp_manager.exp_dir={exp_dir / name}"]
         train = ["train", *_config_option(config_path), *settings]
         devices = run.trainer.devices
-        command = (
-            torchrun(devices, train) if devices > 1 else [sys.executable, "-m", "exact_megatron", *train]
-        )
+        command = torchrun(devices, train) if devices > 1 else [sys.executable, "-m", "exact_megatron", *train]
         arms.append(Arm(name, what, load_config(config_path, settings), command))
     return arms
 
@@ -282,9 +270,7 @@ def describe(arm: Arm) -> dict[str, Any]:
 
     newest = arm.folder / "checkpoints" / f"step_{arm.steps_done:08d}"
     tensors = FileSystemReader(newest).read_metadata().state_dict_metadata
-    sizes = [
-        t.size for name, t in tensors.items() if hasattr(t, "size") and not name.startswith("optimizer.")
-    ]
+    sizes = [t.size for name, t in tensors.items() if hasattr(t, "size") and not name.startswith("optimizer.")]
     gpu = torch.cuda.is_available() and arm.run.trainer.accelerator != "cpu"
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),

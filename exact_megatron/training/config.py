@@ -14,7 +14,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from ..config import ExactConfig, unknown_key
 
 # Optional[...] instead of `| None`: omegaconf reads these annotations on Python 3.10 too.
-# ruff: noqa: UP007, UP045
+# ruff: noqa: UP045
 
 
 @dataclass
@@ -48,7 +48,7 @@ class ExpManagerConfig:
 @dataclass
 class DataConfig:
     # [prefix], [weight, prefix, weight, prefix, ...], or {train: [...], validation: [...], test: [...]}
-    data_prefix: Any = field(default_factory=list)
+    data_prefix: Any = None
     splits_string: str = "99,1,0"  # used when data_prefix is one list for all splits
     index_mapping_dir: Optional[str] = None  # Megatron's index caches and the census; None: beside the data
     seq_length: int = 4096
@@ -185,13 +185,15 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
         if "=" not in override:
             raise ValueError(f"expected key=value, got {override!r}")
     try:
-        given = OmegaConf.merge(
-            OmegaConf.load(path) if path is not None else OmegaConf.create(), OmegaConf.from_dotlist(overrides)
-        )
+        given = OmegaConf.load(path) if path is not None else OmegaConf.create()
         assert isinstance(given, DictConfig)
+        for override in overrides:
+            key = override.partition("=")[0]
+            value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
+            OmegaConf.update(given, key, value, merge=False)  # a list or mapping replaces the file's
         for key in _keys(given):
-            if key not in known and not key.startswith("model.data.data_prefix"):
-                raise ValueError(unknown_key(key, known))
+            if key not in known:
+                raise ValueError(unknown_key(str(key), known))
         config = OmegaConf.to_object(OmegaConf.merge(schema, given))
     except ConfigKeyError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -205,7 +207,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     keys = []
     for name in config:
-        key = f"{prefix}{name}"
+        key = prefix + str(name)
         keys.append(key)
         child = config._get_node(name)
         if isinstance(child, DictConfig) and not child._is_none() and key != "model.data.data_prefix":
@@ -233,9 +235,13 @@ def check(config: RunConfig) -> None:
     one_of("model.normalization", m.normalization, ("rmsnorm", "layernorm"))
     one_of("model.activation", m.activation, ("fast-swiglu", "gelu"))
     one_of("model.fp8_recipe", m.fp8_recipe, ("delayed", "tensorwise", "blockwise"))
-    one_of("model.optim.name", m.optim.name, ("mcore_distributed_optim", "distributed_fused_adam", "adam", "fused_adam"))
+    one_of(
+        "model.optim.name", m.optim.name, ("mcore_distributed_optim", "distributed_fused_adam", "adam", "fused_adam")
+    )
     one_of("model.optim.sched.name", m.optim.sched.name, ("CosineAnnealing", "WSD", "constant"))
-    one_of("model.activations_checkpoint_granularity", m.activations_checkpoint_granularity, (None, "selective", "full"))
+    one_of(
+        "model.activations_checkpoint_granularity", m.activations_checkpoint_granularity, (None, "selective", "full")
+    )
     one_of("model.activations_checkpoint_method", m.activations_checkpoint_method, (None, "uniform", "block"))
     for key, value in (
         ("trainer.devices", t.devices),
@@ -266,24 +272,30 @@ def check(config: RunConfig) -> None:
             f"model.global_batch_size={m.global_batch_size} must be a multiple of model.micro_batch_size={m.micro_batch_size} x "
             f"{config.data_parallel_size} data-parallel ranks = {group}"
         )
-    for key, value in (("num_attention_heads", m.num_attention_heads), ("num_query_groups", m.num_query_groups)):
-        if value is not None and value % tp:
-            refuse(f"model.{key}={value} must be a multiple of model.tensor_model_parallel_size={tp}")
+    for key, heads in (("num_attention_heads", m.num_attention_heads), ("num_query_groups", m.num_query_groups)):
+        if heads is not None and heads % tp:
+            refuse(f"model.{key}={heads} must be a multiple of model.tensor_model_parallel_size={tp}")
     if m.num_query_groups is not None and m.num_attention_heads % m.num_query_groups:
-        refuse(f"model.num_attention_heads={m.num_attention_heads} must be a multiple of num_query_groups={m.num_query_groups}")
+        refuse(
+            f"model.num_attention_heads={m.num_attention_heads} must be a multiple of num_query_groups={m.num_query_groups}"
+        )
     if m.num_layers % (pp * (vpp or 1)):
         refuse(f"model.num_layers={m.num_layers} must be a multiple of the {pp * (vpp or 1)} (virtual) pipeline stages")
     if vpp is not None and pp == 1:
         refuse(f"model.virtual_pipeline_model_parallel_size={vpp} needs model.pipeline_model_parallel_size > 1")
     if vpp is not None and config.num_microbatches % pp:
-        refuse(f"virtual pipeline stages need a number of micro-batches ({config.num_microbatches}) that is a multiple of {pp} stages")
+        refuse(
+            f"virtual pipeline stages need a number of micro-batches ({config.num_microbatches}) that is a multiple of {pp} stages"
+        )
     if vpp is not None and m.batch_p2p_comm:
         refuse(
             "model.batch_p2p_comm=true with virtual pipeline stages gives wrong gradients without an error (megatron-core 0.16 "
             "and 0.19 on gloo): leave it out, or set model.overlap_p2p_comm=true and model.batch_p2p_comm=false"
         )
     if cp > 1 and data.seq_length % (2 * cp):
-        refuse(f"model.data.seq_length={data.seq_length} must be a multiple of 2 x model.context_parallel_size = {2 * cp}")
+        refuse(
+            f"model.data.seq_length={data.seq_length} must be a multiple of 2 x model.context_parallel_size = {2 * cp}"
+        )
     if m.sequence_parallel and (data.seq_length // cp) % tp:
         refuse(
             f"sequence parallelism needs the {data.seq_length // cp} tokens of a context-parallel rank to be a multiple of "
@@ -303,17 +315,23 @@ def check(config: RunConfig) -> None:
         m.exact.validated(data.seq_length)
     if not m.calculate_per_token_loss and cp > 1 and data.eod_mask_loss:
         refuse(
-            "model.calculate_per_token_loss=false with model.context_parallel_size > 1 and model.data.eod_mask_loss=true averages over "
-            "context-parallel ranks that supervise different numbers of targets: use model.calculate_per_token_loss=true"
+            "model.calculate_per_token_loss=false with model.context_parallel_size > 1 and model.data.eod_mask_loss=true "
+            "averages over context-parallel ranks that supervise different numbers of targets: use model.calculate_per_token_loss=true"
         )
     if m.activations_checkpoint_granularity == "full" and m.activations_checkpoint_method is None:
-        refuse("model.activations_checkpoint_granularity=full needs model.activations_checkpoint_method=uniform or block")
+        refuse(
+            "model.activations_checkpoint_granularity=full needs model.activations_checkpoint_method=uniform or block"
+        )
     if m.optim.overlap_param_sync and not (m.optim.distributed and m.optim.overlap_grad_sync):
         refuse("model.optim.overlap_param_sync needs a distributed optimizer and model.optim.overlap_grad_sync=true")
     if m.optim.sched.warmup_steps >= t.max_steps and m.optim.sched.warmup_steps:
-        refuse(f"model.optim.sched.warmup_steps={m.optim.sched.warmup_steps} must be below trainer.max_steps={t.max_steps}")
+        refuse(
+            f"model.optim.sched.warmup_steps={m.optim.sched.warmup_steps} must be below trainer.max_steps={t.max_steps}"
+        )
     if m.optim.sched.name == "WSD" and not 0 < m.optim.sched.wsd_decay_steps <= t.max_steps:
-        refuse(f"a WSD schedule needs model.optim.sched.wsd_decay_steps in 1..{t.max_steps}, not {m.optim.sched.wsd_decay_steps}")
+        refuse(
+            f"a WSD schedule needs model.optim.sched.wsd_decay_steps in 1..{t.max_steps}, not {m.optim.sched.wsd_decay_steps}"
+        )
     if not data.data_prefix:
         refuse("model.data.data_prefix is empty: give the prefix of a .bin/.idx pair (see `exact-megatron prepare`)")
 

@@ -79,8 +79,8 @@ def read_vocabulary(run: RunConfig) -> Vocabulary:
         size, eod = facts["vocab_size"], facts["eod_id"]
     if size is None or eod is None:
         raise ValueError(
-            f"the vocabulary of {prefixes[0]} is not known, since there is no {prefixes[0]}.json: set model.override_vocab_size and "
-            "model.data.eod_id, or prepare the data with `exact-megatron prepare`"
+            f"the vocabulary of {prefixes[0]} is not known, since there is no {prefixes[0]}.json: set "
+            "model.override_vocab_size and model.data.eod_id, or prepare the data with `exact-megatron prepare`"
         )
     for index in indices:
         tokens = np.memmap(index.prefix + ".bin", dtype=index.dtype, mode="r")
@@ -199,7 +199,5 @@ def get_batch(iterator: Iterator[dict[str, torch.Tensor]], device: torch.device)
     if cu_seqlens is not None:
         size, seq_length = batch["tokens"].shape
         packed = document_boundaries(cu_seqlens, seq_length, size, device=device)
-    batch = get_batch_on_this_cp_rank(
-        batch, cp_group=parallel_state.get_context_parallel_group(), **_CP_ARGUMENTS
-    )
+    batch = get_batch_on_this_cp_rank(batch, cp_group=parallel_state.get_context_parallel_group(), **_CP_ARGUMENTS)
     return batch, packed

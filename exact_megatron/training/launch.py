@@ -18,7 +18,9 @@ def is_rank() -> bool:
         return True
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         if "MASTER_ADDR" not in os.environ:
-            raise RuntimeError("srun started several tasks: set MASTER_ADDR (and MASTER_PORT) to the first node's address")
+            raise RuntimeError(
+                "srun started several tasks: set MASTER_ADDR (and MASTER_PORT) to the first node's address"
+            )
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
         os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]

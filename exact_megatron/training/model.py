@@ -120,7 +120,9 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
     return config
 
 
-def layer_spec(run: RunConfig, config: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+def layer_spec(
+    run: RunConfig, config: TransformerConfig, vp_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
     """The GPT layers with DocumentAttention as their core attention; Transformer Engine's where it is used."""
     m = run.model
     if uses_transformer_engine(run):

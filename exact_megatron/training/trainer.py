@@ -30,7 +30,7 @@ from .config import RunConfig
 from .data import build_datasets, build_loader, get_batch, read_vocabulary
 from .model import build_model, build_optimizer
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def init_distributed(run: RunConfig) -> torch.device:
@@ -41,7 +41,9 @@ def init_distributed(run: RunConfig) -> torch.device:
 
         cpu_runtime.install()
     elif not torch.cuda.is_available():
-        raise ValueError("trainer.accelerator=gpu, but torch finds no CUDA device: use a GPU machine or trainer.accelerator=cpu")
+        raise ValueError(
+            "trainer.accelerator=gpu, but torch finds no CUDA device: use a GPU machine or trainer.accelerator=cpu"
+        )
     device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if not on_cpu:
         torch.cuda.set_device(device)
@@ -105,7 +107,8 @@ class Trainer:
         self.model = build_model(run, self.vocabulary.vocab_size, self.device)
         self.optimizer, self.scheduler = build_optimizer(run, self.model)
         self.step = 0
-        self._stop = False
+        self._signalled = False  # this rank got a stop signal
+        self._stop = False  # all ranks know that one of them did
         self._restore()
 
     @property
@@ -176,7 +179,7 @@ class Trainer:
         if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
             parts = [torch.stack([report[name].double() for name in names]) for report in reports]
             sums[:-1] = torch.stack(parts).sum(0).flatten()
-        sums[-1] = float(self._stop)
+        sums[-1] = float(self._signalled)
         torch.distributed.all_reduce(sums)
         values = sums.tolist()
         self._stop = values[-1] > 0
@@ -277,7 +280,9 @@ class Trainer:
         return "finished"
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self._stop = True
+        if self._signalled and number == signal.SIGINT:  # a second Ctrl-C does not wait for the checkpoint
+            raise KeyboardInterrupt
+        self._signalled = True
 
 
 def _buckets(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -306,7 +311,9 @@ class RunLog:
             census = trainer.builder.census
             assert census is not None
             (run_dir / "weights.json").write_text(
-                json.dumps({"census": census.digest, "digest": trainer.table.digest, "buckets": trainer.table.rows()}, indent=1)
+                json.dumps(
+                    {"census": census.digest, "digest": trainer.table.digest, "buckets": trainer.table.rows()}, indent=1
+                )
             )
         self.started, self.first = time.monotonic(), trainer.step
 
@@ -325,7 +332,8 @@ class RunLog:
             rest = (time.monotonic() - self.started) / (line["step"] - self.first) * (run.max_steps - line["step"])
             exact = f"  exact {line['exact_loss']:.4f}" if self.trainer.table is not None else ""
             self.message(
-                f"step {line['step']:>6}/{run.max_steps}  lm loss {line['lm_loss']:.4f}{exact}  grad norm {line['grad_norm'] or 0:.3f}  "
+                f"step {line['step']:>6}/{run.max_steps}  lm loss {line['lm_loss']:.4f}{exact}  "
+                f"grad norm {line['grad_norm'] or 0:.3f}  "
                 f"lr {line['learning_rate']:.2e}  {line['tokens_per_s']:,.0f} tokens/s  {rest:,.0f} s left"
             )
 

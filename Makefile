@@ -1,0 +1,47 @@
+# make demo    the whole story on real text, on a CPU, in a few minutes
+# make test    the tests, on a CPU
+PYTHON ?= python3
+PYTHON312 ?= python3.12
+VENV := .venv
+VENV19 := .venv-mcore-0.19
+RUN := runs/demo
+
+export TORCH_COMPILE_DISABLE := 1
+export CUDA_DEVICE_MAX_CONNECTIONS := 1
+export MPLBACKEND := Agg
+
+.PHONY: demo setup test test-mcore-0.19 lint clean
+
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade pip
+	$(VENV)/bin/pip install --quiet -c constraints.txt torch  # first: another package's request would bring CUDA's 4 GB
+	$(VENV)/bin/pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+setup: $(VENV)/.installed  ## the environment of `make demo` and `make test`
+
+demo: setup  ## prepare real text, count exposure, compare baseline and EXACT; report in runs/demo/compare/report.md
+	$(VENV)/bin/exact-megatron prepare stdlib --train-tokenizer 4096 --valid-fraction 0.03 --output $(RUN)/data/stdlib
+	$(VENV)/bin/exact-megatron census $(RUN)/data/stdlib --seq-length 1024 --plot $(RUN)/census.png --json $(RUN)/census.json
+	$(VENV)/bin/exact-megatron compare --config configs/demo.yaml --base-seq-length 256 --base-steps 120
+
+test: setup  ## everything that needs neither a GPU, nor root, nor a checkout of another project
+	$(VENV)/bin/python -m pytest -q --durations=10
+
+$(VENV19)/.installed: setup.py
+	$(PYTHON312) -m venv $(VENV19)
+	$(VENV19)/bin/pip install --quiet --upgrade pip
+	$(VENV19)/bin/pip install --quiet megatron-core==0.19.2 -e ".[dev]"
+	touch $@
+
+test-mcore-0.19: $(VENV19)/.installed  ## the same tests on megatron-core 0.19.2, Python 3.12 (4.7 GB: it imports triton)
+	$(VENV19)/bin/python -m pytest -q --durations=10
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(RUN) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

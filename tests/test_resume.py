@@ -1,0 +1,179 @@
+"""Stops, kills and changed settings between a checkpoint and its resume, through the real command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny import config_file, write_data
+
+STEPS = 8
+
+
+def command(config, run_dir, *overrides):
+    return [
+        *(sys.executable, "-m", "exact_megatron", "train", "--config", str(config)),
+        f"exp_manager.exp_dir={run_dir}",
+        f"trainer.max_steps={STEPS}",
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=1",
+        *overrides,
+    ]
+
+
+def train(config, run_dir, *overrides, timeout=120):
+    done = subprocess.run(command(config, run_dir, *overrides), capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+def metrics(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+
+
+def weights(run_dir):
+    """Everything that the last checkpoint holds, by key."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = FileSystemReader(str(run_dir / "checkpoints" / f"step_{STEPS:08d}"))
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """An uninterrupted run to compare with."""
+    folder = tmp_path_factory.mktemp("resume")
+    config = config_file(folder, write_data(folder))
+    train(config, folder / "straight")
+    return folder, config, metrics(folder / "straight"), weights(folder / "straight")
+
+
+def assert_bitwise(run_dir, straight):
+    _, _, lines, tensors = straight
+    assert metrics(run_dir) == lines
+    found = weights(run_dir)
+    assert found.keys() == tensors.keys() and len(tensors) > 20
+    assert any("exp_avg_sq" in key for key in tensors)
+    for key, tensor in tensors.items():
+        assert torch.equal(found[key], tensor), key
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_stop_signal_saves_and_resume_is_bitwise(straight, number):
+    folder, config, *_ = straight
+    run_dir = folder / f"stopped_{number.name}"
+    overrides = ["exp_manager.checkpoint_callback_params.every_n_train_steps=0"]
+    process = subprocess.Popen(command(config, run_dir, *overrides), stderr=subprocess.PIPE, text=True)
+    log = run_dir / "metrics.jsonl"
+    wait_for(lambda: log.is_file() and log.read_text().count("\n") >= 2, process)
+    process.send_signal(number)
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    stopped = len(metrics(run_dir))
+    assert stopped < STEPS and f"stopped by a signal after step {stopped}" in output
+    assert [p.name for p in (run_dir / "checkpoints").iterdir()] == [f"step_{stopped:08d}"]
+    assert "resumed from" in train(config, run_dir, *overrides)
+    assert_bitwise(run_dir, straight)
+
+
+def test_kill_between_and_during_checkpoints(straight):
+    """kill -9 right when a checkpoint is being written, then some time after one: nothing loads half."""
+    folder, config, *_ = straight
+    run_dir = folder / "killed"
+    checkpoints = run_dir / "checkpoints"
+
+    def kill_when(condition):
+        process = subprocess.Popen(command(config, run_dir), stderr=subprocess.DEVNULL, start_new_session=True)
+        wait_for(condition, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    kill_when(lambda: (checkpoints / "step_00000002.partial").exists())
+    assert [p.name for p in sorted(checkpoints.glob("step_*")) if p.suffix != ".partial"] == ["step_00000001"]
+    log = run_dir / "metrics.jsonl"
+    kill_when(lambda: (checkpoints / "step_00000004").exists() and log.read_text().count('"step": 5'))
+    train(config, run_dir)
+    assert not list(checkpoints.glob("*.partial"))
+    assert_bitwise(run_dir, straight)
+
+
+def test_distributed_ranks_stop_together(straight):
+    """A signal to one rank of two stops both after the same step; the plain optimizer resumes as well."""
+    folder, config, *_ = straight
+    run_dir = folder / "two_ranks"
+    overrides = [
+        "trainer.devices=2",
+        "model.tensor_model_parallel_size=2",
+        "model.optim.name=adam",
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=0",
+    ]
+    process = subprocess.Popen(
+        command(config, run_dir, *overrides), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        log = run_dir / "metrics.jsonl"
+        wait_for(lambda: log.is_file() and log.read_text().count("\n") >= 1, process, 90)
+        process.send_signal(signal.SIGTERM)  # torchrun passes it on
+        _, output = process.communicate(timeout=90)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    stopped = len(metrics(run_dir))
+    assert stopped < STEPS and f"stopped by a signal after step {stopped}" in output, output[-3000:]
+    train(config, run_dir, *overrides)
+    for line, expected in zip(metrics(run_dir), straight[2], strict=True):
+        assert line["exact_loss"] == pytest.approx(expected["exact_loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.exact.alpha=0.25", r"alpha: checkpoint 0.5, now 0.25.*weights: checkpoint \w{16}, now \w{16}"),
+        ("model.exact.enabled=false", r"enabled: checkpoint True, now False.*weights: checkpoint \w{16}, now None"),
+        ("model.seed=99", r"census: checkpoint \w{16}, now \w{16}"),
+        ("model.global_batch_size=4", r"model.global_batch_size=8, this run has 4"),
+        ("exp_manager.resume_if_exists=false", "resume_if_exists=false: choose another"),
+    ],
+)
+def test_resume_with_other_settings_is_refused(straight, override, message, monkeypatch):
+    folder, config, *_ = straight
+    done = subprocess.run(command(config, folder / "straight", override), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    import re
+
+    assert re.search(message, done.stderr), done.stderr[-2000:]
+
+
+def test_changed_weights_can_be_accepted(straight):
+    folder, config, *_ = straight
+    run_dir = folder / "accepted"
+    shutil.copytree(folder / "straight", run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / f"step_{STEPS:08d}")
+    output = train(config, run_dir, "model.exact.alpha=0.25", "model.exact.allow_changed_weights=true")
+    assert "resumed from" in output
+    assert [line["step"] for line in metrics(run_dir)] == list(range(1, STEPS + 1))

@@ -1,0 +1,152 @@
+"""What the native runner refuses before training, and what a document may not see."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from ranks import launch
+from tiny import config_file, write_data
+
+from exact_megatron.training.config import load_config, parse_blend
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("input")
+    config_file(folder, write_data(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.exact.enable=true"], r"unknown key model\.exact\.enable: did you mean model\.exact\.enabled"),
+        (["model.exact.alpha=-1"], "alpha must not be negative, but is -1"),
+        (["model.exact.alpha=nan"], "alpha must be a finite number"),
+        (["model.exact.alpha=much"], "model.exact.alpha: .*much"),
+        (["model.exact.gamma=-0.5"], "gamma must not be negative"),
+        (["model.exact.tau=64"], "tau=64 lies above the last bucket of a window of 64 tokens, which starts at 32"),
+        (["model.tensor_parallel_size=2"], "unknown key .* did you mean model.tensor_model_parallel_size"),
+        (["trainer.max_step=3"], "did you mean trainer.max_steps"),
+        (["trainer.max_steps"], "expected key=value, got 'trainer.max_steps'"),
+        (["trainer.max_steps=few"], "trainer.max_steps: .*few"),
+        (["trainer.precision=16"], "trainer.precision='16' is not one of 32, bf16"),
+        (["trainer.max_steps=0"], "trainer.max_steps=0 must be at least 1"),
+        (["model.tensor_model_parallel_size=2"], "1 ranks .* cannot be divided into groups of tensor 2"),
+        (["model.global_batch_size=6", "model.micro_batch_size=4"], "global_batch_size=6 must be a multiple of .* = 4"),
+        (["model.num_query_groups=3"], "num_attention_heads=4 must be a multiple of num_query_groups=3"),
+        (
+            ["trainer.devices=2", "model.context_parallel_size=2", "model.data.seq_length=66"],
+            "seq_length=66 must be a multiple of 2 x model.context_parallel_size = 4",
+        ),
+        (
+            ["trainer.devices=4", "model.tensor_model_parallel_size=4", "model.sequence_parallel=true"]
+            + ["model.num_query_groups=4", "model.data.seq_length=66"],
+            "66 tokens of a context-parallel rank to be a multiple of model.tensor_model_parallel_size=4",
+        ),
+        (
+            ["trainer.devices=2", "model.pipeline_model_parallel_size=2"]
+            + ["model.virtual_pipeline_model_parallel_size=2", "model.batch_p2p_comm=true"],
+            "batch_p2p_comm=true with virtual pipeline stages gives wrong gradients",
+        ),
+        (["model.virtual_pipeline_model_parallel_size=2"], "needs model.pipeline_model_parallel_size > 1"),
+        (["model.mtp_num_layers=1"], "mtp_num_layers=1: multi-token prediction rolls loss_mask"),
+        (["model.data.document_masking=false"], "weighted by a context that is not what they see"),
+        (
+            ["trainer.devices=2", "model.context_parallel_size=2", "model.calculate_per_token_loss=false"],
+            "supervise different numbers of targets",
+        ),
+        (["model.activations_checkpoint_granularity=full"], "needs model.activations_checkpoint_method"),
+        (["model.optim.overlap_param_sync=true"], "overlap_param_sync needs a distributed optimizer"),
+        (["model.optim.sched.warmup_steps=9"], "warmup_steps=9 must be below trainer.max_steps=4"),
+        (["model.optim.sched.name=WSD"], "WSD schedule needs model.optim.sched.wsd_decay_steps in 1..4, not 0"),
+        (["model.data.data_prefix=[]"], "data_prefix is empty"),
+    ],
+)
+def test_settings_are_refused_before_anything_starts(folder, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(folder / "tiny.yaml", overrides)
+
+
+def test_a_missing_file_and_a_typo_in_it(folder, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_config(tmp_path / "none.yaml")
+    path = tmp_path / "typo.yaml"
+    path.write_text("model: {exact: {enabledd: true}, data: {data_prefix: [x]}}")
+    with pytest.raises(ValueError, match=r"model\.exact\.enabledd: did you mean model\.exact\.enabled"):
+        load_config(path)
+
+
+def test_unmasked_documents_can_be_asked_for(folder):
+    run = load_config(
+        folder / "tiny.yaml", ["model.data.document_masking=false", "model.exact.allow_unmasked_documents=true"]
+    )
+    assert run.model.exact.enabled and not run.model.data.document_masking
+
+
+def test_data_that_do_not_fit_are_refused(folder, tmp_path):
+    from exact_megatron.training.data import read_vocabulary
+
+    def refused(error, message, *overrides):
+        with pytest.raises(error, match=message):
+            read_vocabulary(load_config(folder / "tiny.yaml", list(overrides)))
+
+    refused(ValueError, r"holds token id \d+, the vocabulary has 50", "model.override_vocab_size=50")
+    refused(FileNotFoundError, "nowhere.idx does not exist", "model.data.data_prefix=[nowhere]")
+    refused(ValueError, "set model.override_vocab_size and model.data.eod_id", "model.override_vocab_size=null")
+    refused(ValueError, "has splits train, validation, test, not 'valid'", "model.data.data_prefix={valid: [x]}")
+    described = folder / "x.json"
+    described.write_text(json.dumps({"vocab_size": 100, "eod_id": 0}))
+    try:
+        refused(ValueError, "says 100 where model.override_vocab_size .* says 96")
+        assert read_vocabulary(load_config(folder / "tiny.yaml", ["model.override_vocab_size=null"])).vocab_size == 100
+    finally:
+        described.unlink()
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        (["a"], (["a"], None)),
+        (["a", "b"], (["a", "b"], None)),
+        ([0.3, "a", "0.7", "b"], (["a", "b"], [0.3, 0.7])),
+        ([1, "a"], (["a"], [1.0])),
+        (["2024", "b", "c"], (["2024", "b", "c"], None)),
+    ],
+)
+def test_blends(entries, expected):
+    assert parse_blend(entries) == expected
+
+
+def test_a_batch_with_a_foreign_token_is_refused():
+    import torch
+
+    from exact_megatron.training.data import Collate
+
+    sample = {k: torch.tensor([1, 2, 300]) for k in ("tokens", "labels", "loss_mask", "position_ids")}
+    with pytest.raises(ValueError, match="token id 300, the vocabulary has 300"):
+        Collate(300, 3)([sample])
+
+
+def test_boundaries_of_a_micro_batch_are_flattened():
+    import torch
+
+    from exact_megatron.training.data import Collate
+
+    def sample(cu):
+        padded = np.full(9, 8)
+        padded[: len(cu)] = cu
+        fields = {k: torch.zeros(8, dtype=torch.long) for k in ("tokens", "labels", "loss_mask", "position_ids")}
+        return {**fields, "cu_seqlens": torch.from_numpy(padded)}
+
+    batch = Collate(1, 8)([sample([0, 3, 8]), sample([0, 8]), sample([0, 1, 2, 8])])
+    assert batch["boundaries"].tolist() == [0, 3, 8, 16, 17, 18, 24]
+    assert batch["boundaries"].dtype == torch.int32 and batch["tokens"].shape == (3, 8)
+
+
+def test_a_document_does_not_see_its_neighbours(folder, tmp_path):
+    launch("run_leak.py", [str(folder / "tiny.yaml"), str(tmp_path / "leak.json")], 1)
+    result = json.loads((tmp_path / "leak.json").read_text())
+    assert result == {"logits": True, "gradients": True, "nonzero": True, "unmasked_leaks": True}
