@@ -38,7 +38,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["exact_megatron", "exact_megatron.*"]),
-    package_data={"exact_megatron": ["py.typed"]},
+    package_data={"exact_megatron": ["py.typed", "comparison.md"]},
     install_requires=["numpy>=1.24"],
     extras_require=extras,
     entry_points={"console_scripts": ["exact-megatron = exact_megatron.cli:main"]},

@@ -33,6 +33,30 @@ class ExactGPTDataset(GPTDataset):
 
     weight_table: WeightTable | None = None
     emit_cu_seqlens = False
+
+    def __init__(
+        self,
+        indexed_dataset: Any,
+        dataset_path: str | None,
+        indexed_indices: np.ndarray | None,
+        num_samples: int | None,
+        index_split: Any,
+        config: GPTDatasetConfig,
+    ) -> None:
+        """As GPTDataset.
+
+        Raises:
+            ValueError: the split holds no token; megatron.core would look for enough epochs of nothing for ever.
+        """
+        if indexed_indices is not None and not indexed_dataset.sequence_lengths[indexed_indices].any():
+            raise ValueError(
+                f"the {index_split.name} split of {dataset_path} holds no token ({len(indexed_indices)} of "
+                f"{len(indexed_dataset.sequence_lengths)} documents, split {config.split!r}): give it a larger share, a share of "
+                "0, or data of its own"
+            )
+        super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
+
+    boundaries_only = False  # samples are their cu_seqlens alone, and no token is read: for ranks that need no more
     _tail_start = 0  # least effective context with another weight than 0 has
 
     def attach(self, table: WeightTable, loss: ExactLoss) -> None:
@@ -86,6 +110,8 @@ class ExactGPTDataset(GPTDataset):
         return weighted
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        if self.boundaries_only:
+            return {"cu_seqlens": self._filled_up(self.pieces(idx or 0)[0])}
         sample = super().__getitem__(idx)
         if self.weight_table is None and not self.emit_cu_seqlens:
             return sample
@@ -95,10 +121,13 @@ class ExactGPTDataset(GPTDataset):
             mask = self._weighted(sample["loss_mask"].numpy(), cu_seqlens, continues)
             sample["loss_mask"] = torch.from_numpy(mask)
         if self.emit_cu_seqlens:
-            padded = np.full(self.config.sequence_length + 1, self.config.sequence_length, np.int32)
-            padded[: len(cu_seqlens)] = cu_seqlens
-            sample["cu_seqlens"] = torch.from_numpy(padded)
+            sample["cu_seqlens"] = self._filled_up(cu_seqlens)
         return sample
+
+    def _filled_up(self, cu_seqlens: np.ndarray) -> torch.Tensor:
+        padded = np.full(self.config.sequence_length + 1, self.config.sequence_length, np.int32)
+        padded[: len(cu_seqlens)] = cu_seqlens
+        return torch.from_numpy(padded)
 
 
 class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
@@ -191,7 +220,7 @@ def _census_path(train: Any, config: GPTDatasetConfig) -> str:
     digest = hashlib.md5(train.unique_description.encode(), usedforsecurity=False)
     digest.update(repr((bool(config.add_extra_token_to_sequence), bool(config.eod_mask_loss))).encode())
     for part in parts:  # the description names paths, not what lies there
-        digest.update(memoryview(np.ascontiguousarray(part.dataset.sequence_lengths)))
+        digest.update(np.ascontiguousarray(part.dataset.sequence_lengths).data)
     folder = config.path_to_cache or os.path.join(
         parts[0].dataset.path_prefix, "cache", f"{type(parts[0]).__name__}_indices"
     )

@@ -42,9 +42,7 @@ def test_census(measure):
     time, memory = result["rows"]
     assert time["ratio"] == time["own"] / time["reference"] and time["passed"] == (time["ratio"] <= 0.5)
     assert memory["passed"] and memory["own"] < 256
-    assert (
-        result["command"] == "exact-megatron benchmark census --documents 20000 --seq-length 1024 --repeats 2"
-    )
+    assert result["command"] == "exact-megatron benchmark census --documents 20000 --seq-length 1024 --repeats 2"
 
 
 def test_getitem(measure):
@@ -71,11 +69,7 @@ def test_step(tmp_path):
         "model.optim.sched.wsd_decay_steps=2",
     ]
     done = subprocess.run([*command, "--json", str(tmp_path / "r.json")], capture_output=True, text=True)
-    result = (
-        json.loads((tmp_path / "r.json").read_text())
-        if done.returncode in (0, 1)
-        else pytest.fail(done.stderr)
-    )
+    result = json.loads((tmp_path / "r.json").read_text()) if done.returncode in (0, 1) else pytest.fail(done.stderr)
     check(result, done.stdout, ["training step"])
     (row,) = result["rows"]
     assert done.returncode == (0 if row["ratio"] >= 0.99 else 1)

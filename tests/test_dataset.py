@@ -9,7 +9,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 
 from exact_megatron import ExactConfig, ExposureCensus, WeightTable
-from exact_megatron.dataset import ExactDatasetBuilder, ExactGPTDataset, members
+from exact_megatron.dataset import ExactDatasetBuilder, members
 from exact_megatron.loss import ExactLoss, gpt_loss
 
 S = 48
@@ -225,5 +225,7 @@ def test_mock_data_and_too_long_tau_are_refused(tmp_path, write_corpus):
         build(config, [30, 0, 0], ExactConfig(enabled=True, tau=16))
 
 
-def test_class_name_is_the_cache_name():
-    assert ExactGPTDataset.__name__ == "ExactGPTDataset"
+def test_an_empty_split_is_refused_where_megatron_would_hang(tmp_path, write_corpus):
+    config = dataset_config(tmp_path, ([write_corpus(np.array([500] * 20, np.int32))], None), split="99,1,0")
+    with pytest.raises(ValueError, match=r"the valid split of .* holds no token \(0 of 20 documents, split '99,1,0'\)"):
+        build(config, [30, 0, 0])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from exact_megatron import ExactConfig, ExposureCensus, WeightTable
+from exact_megatron import comparison
 from exact_megatron import report as room
 
 pytest.importorskip("matplotlib")
@@ -174,7 +175,7 @@ def cells(text, first):
 
 def test_report_repeats_the_numbers_of_the_runs(tmp_path, capsys):
     census, table = hand_made(tmp_path / "pair")
-    path = room.write_report(tmp_path / "pair")
+    path = comparison.write_report(tmp_path / "pair")
     text = path.read_text()
     assert path == tmp_path / "pair" / "report.md"
     assert cells(text, "0-7")[0] == ["0-7", "10", "4.1000", "4.2004", "+0.1004", ""]
@@ -202,7 +203,7 @@ def test_report_repeats_the_numbers_of_the_runs(tmp_path, capsys):
 def test_report_without_facts_leaves_out_what_it_does_not_know(tmp_path, capsys):
     hand_made(tmp_path / "pair")
     (tmp_path / "pair" / "comparison.json").unlink()
-    text = room.write_report(tmp_path / "pair", quiet=True).read_text()
+    text = comparison.write_report(tmp_path / "pair", quiet=True).read_text()
     assert "None" not in text and "`base` is a model, trained on 1,536 tokens" in text
     assert not cells(text, "CPU")
     assert capsys.readouterr().out == ""
@@ -246,7 +247,7 @@ def test_report_refuses_runs_that_are_no_pair(tmp_path, spoil, message):
     hand_made(tmp_path / "pair")
     spoil(tmp_path / "pair")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        room.write_report(tmp_path / "pair", quiet=True)
+        comparison.write_report(tmp_path / "pair", quiet=True)
 
 
 @pytest.fixture
@@ -294,7 +295,7 @@ def test_plan_makes_the_base_like_the_arms_but_for_the_window(compare, tmp_path)
         assert arm.run.exp_manager.checkpoint_callback_params.save_last
         assert arm.command[:4] == [sys.executable, "-m", "exact_megatron", "train"]
         assert arm.command[4:7] == ["--config", str(tmp_path / "config.yaml"), "model.seed=7"]
-    differing = room.changed_settings(*(compare.asdict(arm.run) for arm in (baseline, exact)))
+    differing = comparison.changed_settings(*(compare.asdict(arm.run) for arm in (baseline, exact)))
     assert set(differing) == {"model.exact.enabled", "exp_manager.exp_dir"}
 
 

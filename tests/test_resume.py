@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from tiny import config_file, write_data
@@ -70,6 +71,12 @@ def assert_bitwise(run_dir, straight):
     assert any("exp_avg_sq" in key for key in tensors)
     for key, tensor in tensors.items():
         assert torch.equal(found[key], tensor), key
+
+
+def end_tree(process):
+    """Kill what is left of a launch; torchrun's ranks are in sessions of their own."""
+    for started in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
+        started.kill()
 
 
 def wait_for(condition, process, seconds=60):
@@ -138,10 +145,7 @@ def test_distributed_ranks_stop_together(straight):
         process.send_signal(signal.SIGTERM)  # torchrun passes it on
         _, output = process.communicate(timeout=90)
     finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        end_tree(process)
     stopped = len(metrics(run_dir))
     assert stopped < STEPS and f"stopped by a signal after step {stopped}" in output, output[-3000:]
     train(config, run_dir, *overrides)

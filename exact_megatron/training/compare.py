@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..report import changed_settings, write_report
+from ..comparison import changed_settings, write_report
 from .config import RunConfig, load_config
 from .launch import is_rank, torchrun
 
