@@ -23,6 +23,7 @@ setup: $(VENV)/.installed  ## the environment of `make demo` and `make test`
 
 demo: setup  ## prepare real text, count exposure, compare baseline and EXACT; report in runs/demo/compare/report.md
 	$(VENV)/bin/exact-megatron prepare stdlib --train-tokenizer 4096 --valid-fraction 0.03 --output $(RUN)/data/stdlib
+	$(VENV)/bin/exact-megatron census $(RUN)/data/stdlib --seq-length 16384 --plot $(RUN)/census_16384.png
 	$(VENV)/bin/exact-megatron census $(RUN)/data/stdlib --seq-length 1024 --plot $(RUN)/census.png --json $(RUN)/census.json
 	$(VENV)/bin/exact-megatron compare --config configs/demo.yaml --base-seq-length 256 --base-steps 120
 

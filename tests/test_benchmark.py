@@ -5,13 +5,13 @@ import sys
 import numpy as np
 import pytest
 
-from exact_megatron import ExactConfig, benchmark
+from exact_megatron import benchmark
 from exact_megatron.cli import main
 
 
 @pytest.fixture
 def measure(tmp_path, capsys):
-    """measure(arguments...) -> (the JSON result, what was printed); no bar decides, the sizes are too small for that."""
+    """measure(arguments...) -> (the JSON result, what was printed); whether bars are kept is not asked."""
 
     def run(*arguments):
         where = tmp_path / "result.json"
@@ -42,7 +42,7 @@ def test_census(measure):
     time, memory = result["rows"]
     assert time["ratio"] == time["own"] / time["reference"] and time["passed"] == (time["ratio"] <= 0.5)
     assert memory["passed"] and memory["own"] < 256
-    assert result["command"] == "exact-megatron benchmark census --documents 20000 --seq-length 1024 --repeats 2"
+    assert result["command"].endswith(" census --documents 20000 --seq-length 1024 --repeats 2")
 
 
 def test_getitem(measure):
@@ -54,22 +54,14 @@ def test_getitem(measure):
 
 def test_step(tmp_path):
     """In a process of its own: the CPU runtime changes torch.cuda for good."""
-    tiny = [
-        "num_layers=1",
-        "hidden_size=32",
-        "ffn_hidden_size=32",
-        "micro_batch_size=1",
-        "global_batch_size=2",
-    ]
-    overrides = [f"model.{setting}" for setting in (*tiny, "data.seq_length=128", "optim.sched.name=WSD")]
-    command = [sys.executable, "-m", "exact_megatron", "benchmark", "step", "--steps", "4", *overrides]
-    command += [
-        "trainer.accelerator=cpu",
-        "model.tensor_model_parallel_size=2",
-        "model.optim.sched.wsd_decay_steps=2",
-    ]
-    done = subprocess.run([*command, "--json", str(tmp_path / "r.json")], capture_output=True, text=True)
-    result = json.loads((tmp_path / "r.json").read_text()) if done.returncode in (0, 1) else pytest.fail(done.stderr)
+    model = "num_layers=1 hidden_size=32 ffn_hidden_size=32 micro_batch_size=1 global_batch_size=2"
+    more = "data.seq_length=128 tensor_model_parallel_size=2 optim.sched.name=WSD"
+    overrides = ["trainer.accelerator=cpu", *(f"model.{setting}" for setting in (model + " " + more).split())]
+    where = tmp_path / "result.json"
+    command = [sys.executable, "-m", "exact_megatron", "benchmark", "step", "--steps", "4", "--json", where]
+    done = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=120)
+    assert where.exists(), done.stderr
+    result = json.loads(where.read_text())
     check(result, done.stdout, ["training step"])
     (row,) = result["rows"]
     assert done.returncode == (0 if row["ratio"] >= 0.99 else 1)
@@ -115,4 +107,4 @@ def test_unweighted_twin_leaves_the_weighted_data_alone():
     blend = Data(member)
     twin = benchmark._unweighted(blend)
     assert twin.datasets[0].weight_table is None and member.weight_table == "table"
-    assert blend.datasets == [member] and ExactConfig().enabled is False
+    assert blend.datasets == [member]

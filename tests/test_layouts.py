@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 
 import pytest
 from ranks import launch
@@ -25,8 +27,15 @@ SELECTIVE = ["model.activations_checkpoint_granularity=selective"]
 EVEN = ["model.data.eod_mask_loss=false"]  # every micro-batch supervises the same number of targets
 OVERLAP = ["model.optim.overlap_grad_sync=true", "model.optim.overlap_param_sync=true"]
 
+TIED = ["model.share_embeddings_and_output_weights=true"]
+QWEN = ["model.qk_layernorm=true", "model.qkv_bias=true"]
+GPT = ["model.normalization=layernorm", "model.activation=gelu", "model.bias=true"]
+# Other architectures, each with a base checkpoint and a one-rank reference of its own.
+FAMILIES = {"tied": TIED, "qwen": QWEN, "gpt": GPT}
+
 LAYOUTS = {
     1: {
+        **{f"{name}-one_rank": [*settings, *PLAIN] for name, settings in FAMILIES.items()},
         "one_rank": PLAIN,
         "mbs2": [*PLAIN, *MBS2],
         "full": [*PLAIN, *FULL],
@@ -47,6 +56,12 @@ LAYOUTS = {
         "cp2": CP2,
         "cp2_mbs2_full": [*CP2, *MBS2, *FULL],
         "cp2_plain": [*CP2, *PLAIN],
+        "tied-pp2": [*TIED, *PP2],
+        "tied-tp2": [*TIED, *TP2, *PLAIN],
+        "qwen-sp": [*QWEN, *SP],
+        "qwen-tp2": [*QWEN, *TP2],
+        "gpt-sp": [*GPT, *SP],
+        "gpt-cp2": [*GPT, *CP2],
     },
     4: {
         "tp2_pp2": [*SP, *PP2],
@@ -54,7 +69,7 @@ LAYOUTS = {
         "tp2_cp2_mbs2": [*TP2, *CP2, *MBS2, *PLAIN],
     },
 }
-CASES = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts if name != "one_rank"]
+CASES = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts if "one_rank" not in name]
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +84,21 @@ def results(tmp_path_factory):
         launch("run_layouts.py", [str(config), str(jobs), str(folder)], world)
         return {e["name"]: json.loads((folder / f"{e['name']}.json").read_text()) for e in entries}
 
-    found = run(1, [{"name": "base", "overrides": ["model.exact.enabled=false"], "steps": 2, "save": True}])
+    bases = {"base": [], **FAMILIES}
+    off = "model.exact.enabled=false"
+    found = run(1, [{"name": n, "overrides": [off, *o], "steps": 2, "save": True} for n, o in bases.items()])
     start = f"restore_from_path={folder}/runs/base"
     for world, layouts in LAYOUTS.items():
         entries = [
             {
                 "name": name,
                 "steps": STEPS,
-                "overrides": [start, f"trainer.devices={world}", "trainer.limit_val_batches=1", *overrides],
+                "overrides": [
+                    f"restore_from_path={folder}/runs/{name.split('-')[0]}" if "-" in name else start,
+                    f"trainer.devices={world}",
+                    "trainer.limit_val_batches=1",
+                    *overrides,
+                ],
             }
             for name, overrides in layouts.items()
         ]
@@ -90,6 +112,17 @@ def results(tmp_path_factory):
                     "overrides": [start, *EVEN, "model.calculate_per_token_loss=false"],
                 },
                 {"name": "even", "steps": STEPS, "overrides": [start, *EVEN]},
+                {"name": "bf16", "steps": STEPS, "overrides": [start, "trainer.precision=bf16"]},
+                {
+                    "name": "wsd",
+                    "steps": 4,
+                    "overrides": [
+                        start,
+                        "model.optim.sched.name=WSD",
+                        "model.optim.sched.warmup_steps=1",
+                        "model.optim.sched.wsd_decay_steps=2",
+                    ],
+                },
             ]
         if world == 2:
             entries += [
@@ -107,8 +140,6 @@ def results(tmp_path_factory):
                 {"name": "saved", "steps": 2, "save": True, "overrides": [start, "trainer.devices=2", *TP2]},
             ]
         found.update(run(world, entries))
-    import shutil
-
     for name in ("pp2", "one", "cp2"):
         shutil.copytree(folder / "runs" / "saved", folder / "runs" / f"resumed_{name}")
     found.update(
@@ -139,7 +170,8 @@ def assert_same(lines, reference, rel=1e-5):
 
 @pytest.mark.parametrize(("world", "name"), CASES)
 def test_layout_equals_one_rank(results, world, name):
-    assert_same(results[name], results["one_rank"])
+    family = name.split("-")[0] + "-" if "-" in name else ""
+    assert_same(results[name], results[f"{family}one_rank"])
 
 
 def test_the_reference_is_worth_comparing_to(results):
@@ -166,3 +198,18 @@ def test_alpha_0_is_bitwise_the_baseline(results):
 @pytest.mark.parametrize("name", ["not_per_token", "not_per_token_cp2", "not_per_token_dp2"])
 def test_mean_of_means_is_the_same_where_counts_are_even(results, name):
     assert_same(results[name], results["even"])
+
+
+def test_bf16_stays_close(results):
+    for line, expected in zip(results["bf16"], results["one_rank"]):
+        assert line["lm_loss"] == pytest.approx(expected["lm_loss"], rel=0.01)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.1)
+        assert line["targets"] == expected["targets"]
+
+
+def test_schedules(results):
+    """Rates of steps 0..3 between lr 5e-3 and min_lr 1e-3, as OptimizerParamScheduler has them."""
+    rates = [line["learning_rate"] for line in results["wsd"]]
+    assert rates == pytest.approx([0, 5e-3, 5e-3, 3e-3])
+    cosine = [line["learning_rate"] for line in results["one_rank"][:STEPS]]
+    assert cosine == pytest.approx([1e-3 + 4e-3 * 0.5 * (1 + math.cos(math.pi * t / 4)) for t in range(STEPS)])

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exact_megatron import ExactConfig, ExposureCensus, WeightTable
-from exact_megatron import comparison
+from exact_megatron import ExactConfig, ExposureCensus, WeightTable, comparison
 from exact_megatron import report as room
 
 pytest.importorskip("matplotlib")
