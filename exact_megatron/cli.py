@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     add.set_defaults(run=benchmark.run)
 
     args = parser.parse_args(argv)
+    _quiet_warnings()
     try:
         return args.run(args)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
@@ -134,7 +135,6 @@ def run_train(args: argparse.Namespace) -> int:
             command = torchrun(run.trainer.devices, ["train", *config, *args.overrides])
             os.execv(command[0], command)
         be_single_rank()
-    _quiet_warnings()
     import torch
 
     from .training.trainer import Trainer

@@ -5,22 +5,19 @@ Each of the three runs is an ordinary `exact-megatron train` in processes of its
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shlex
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..comparison import changed_settings, write_report
+from ..machine import machine
 from .config import RunConfig, load_config
 from .launch import is_rank, torchrun
 
@@ -265,27 +262,13 @@ def describe(arm: Arm) -> dict[str, Any]:
     Parameters are the elements of the tensors in the newest checkpoint, with the vocabulary padded, and
     without the optimizer's state.
     """
-    import torch
     from torch.distributed.checkpoint import FileSystemReader
 
     newest = arm.folder / "checkpoints" / f"step_{arm.steps_done:08d}"
     tensors = FileSystemReader(newest).read_metadata().state_dict_metadata
     sizes = [t.size for name, t in tensors.items() if hasattr(t, "size") and not name.startswith("optimizer.")]
-    gpu = torch.cuda.is_available() and arm.run.trainer.accelerator != "cpu"
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "exact_megatron": __version__,
-        **{package: importlib.metadata.version(package) for package in ("megatron-core", "torch", "numpy")},
-        "python": platform.python_version(),
-        "CPU": f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores",
-        "GPU": torch.cuda.get_device_name(0) if gpu else "not used",
-        "parameters": sum(size.numel() for size in sizes),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        match = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        match = None
-    return match[1].strip() if match else platform.processor() or platform.machine()
+    facts = machine()
+    versions = facts.pop("versions")
+    if arm.run.trainer.accelerator == "cpu":
+        facts["GPU"] = "not used"
+    return {**facts, **versions, "parameters": sum(size.numel() for size in sizes)}
