@@ -23,7 +23,7 @@ import functools
 import inspect
 import operator
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -41,6 +41,8 @@ from .context_parallel import Exchange, GatherSpans, keep_local
 __all__ = ["DocumentAttention", "DocumentBoundaries", "check_supported", "document_boundaries"]
 
 MODES = ("auto", "ulysses", "gather")
+# Megatron's words for them. p2p, a ring, is what Megatron-LM has where nothing was asked for.
+COMM_TYPES = {None: "auto", "p2p": "auto", "a2a": "ulysses", "all_gather": "gather"}
 KERNELS = ("auto", "te", "varlen", "sdpa")
 Lengths = tuple[int, ...]
 
@@ -214,6 +216,9 @@ def _te(q: Tensor, k: Tensor, v: Tensor, nq: Lengths, nk: Lengths, scale: float 
     return [out.view(q.shape)]
 
 
+_KERNELS: dict[str, Callable[..., list[Tensor]]] = {"te": _te, "varlen": _varlen, "sdpa": _sdpa}
+
+
 @functools.cache
 def _fastest_on_cuda() -> str:
     try:
@@ -230,20 +235,27 @@ def _fastest_on_cuda() -> str:
     return "varlen" if {"scale", "window_size", "enable_gqa"} <= set(known) else "sdpa"
 
 
+def kernel_name(asked: str, query: Tensor) -> str:
+    """Which of "te", "varlen", "sdpa" takes this query, if "auto" or one of them was asked for."""
+    half_on_cuda = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    return asked if asked != "auto" else _fastest_on_cuda() if half_on_cuda else "sdpa"
+
+
 class DocumentAttention(MegatronModule):
     """Causal attention inside documents, in place of `core_attention` in a Megatron layer spec.
 
     Takes the arguments of DotProductAttention and TEDotProductAttention, and two more, set by the params
     of a ModuleSpec, by `with_mode`, or as class attributes of a subclass:
 
-    * mode, for cp > 1: "ulysses", "gather", or "auto": ulysses where the KV heads divide (`mode` says which).
+    * mode, for cp > 1: "ulysses", "gather", or "auto": what the config's cp_comm_type asks for ("a2a" is
+      ulysses, "all_gather" gather), else ulysses where the KV heads divide (`mode` says which).
     * kernel: "te", "varlen", "sdpa", or "auto": the fastest that is there.
 
     No parameters, no state. Recomputing it alone (recompute_modules: core_attn) adds a gather.
 
     Raises:
         ValueError: what `check_supported` refuses, other than causal self-attention, arguments that it does
-            not know, or mode="ulysses" with KV heads that do not divide.
+            not know, another cp_comm_type, or ulysses with KV heads that do not divide.
     """
 
     mode = "auto"
@@ -253,7 +265,7 @@ class DocumentAttention(MegatronModule):
         self, config: Any, layer_number: int, attn_mask_type: AttnMaskType = AttnMaskType.causal,
         attention_type: str = "self", attention_dropout: float | None = None,
         softmax_scale: float | None = None, k_channels: int | None = None, v_channels: int | None = None,
-        cp_comm_type: Any = None, pg_collection: Any = None, model_comm_pgs: Any = None,
+        cp_comm_type: str | None = None, pg_collection: Any = None, model_comm_pgs: Any = None,
         mode: str | None = None, kernel: str | None = None, **others: Any,
     ) -> None:  # fmt: skip
         super().__init__(config=config)
@@ -271,6 +283,10 @@ class DocumentAttention(MegatronModule):
                 raise ValueError(f"DocumentAttention has no {name}={value!r}: use one of {', '.join(known)}")
         self.cp, tp = config.context_parallel_size, config.tensor_model_parallel_size
         if self.cp > 1:
+            if cp_comm_type not in COMM_TYPES:
+                raise ValueError(f"DocumentAttention has no cp_comm_type={cp_comm_type!r}: use a2a or all_gather")
+            if self.mode == "auto":
+                self.mode = COMM_TYPES[cp_comm_type]
             group = getattr(pg_collection or model_comm_pgs, "cp", None)
             self.cp_group = group or parallel_state.get_context_parallel_group()
             heads = max(1, (config.num_query_groups or config.num_attention_heads) // tp)
@@ -278,7 +294,7 @@ class DocumentAttention(MegatronModule):
                 raise ValueError(
                     f"DocumentAttention mode='ulysses': num_query_groups={config.num_query_groups} over "
                     f"tensor_model_parallel_size={tp} leave {heads} KV heads, which do not divide by "
-                    f"context_parallel_size={self.cp}: use mode='gather' or 'auto'"
+                    f"context_parallel_size={self.cp}: use mode='gather' (cp_comm_type all_gather) or 'auto'"
                 )
             if self.mode == "auto":
                 self.mode = "gather" if heads % self.cp else "ulysses"
@@ -340,10 +356,7 @@ class DocumentAttention(MegatronModule):
             raise ValueError(f"DocumentAttention takes [s, b, heads, d], s even if cp > 1, got {shapes}")
         documents = self._documents(packed_seq_params, s * self.cp, b)
         lengths = tuple(b - a for a, b in pairwise(documents.boundaries))
-        half_on_cuda = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-        name = self.kernel if self.kernel != "auto" else _fastest_on_cuda() if half_on_cuda else "sdpa"
-        kernel: Any = {"te": _te, "varlen": _varlen, "sdpa": _sdpa}[name]
-        kernel = functools.partial(kernel, scale=self.softmax_scale)
+        kernel = functools.partial(_KERNELS[kernel_name(self.kernel, query)], scale=self.softmax_scale)
 
         if self.cp == 1:
             out = _join(kernel(_flat(query), _flat(key), _flat(value), lengths, lengths))

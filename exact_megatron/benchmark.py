@@ -45,7 +45,7 @@ STEP_FORCED = """
 
 @dataclass(frozen=True)
 class Row:
-    """A median and its reference in `unit`, their ratio (and its 95 % interval), whether it keeps the bar."""
+    """A median and its reference in `unit`, their ratio (and its 95 % interval), whether it keeps the bar ("": none)."""
 
     name: str
     own: float
@@ -75,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add.add_argument("--steps", type=int, default=200, help="of each arm")
     add.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.hidden_size=256")
     add.set_defaults(measure=measure_step)
+
+    from . import attention_benchmark
+
+    add = commands.add_parser("attention", help="the ways through context parallelism: cost model, emulated ranks")
+    attention_benchmark.add_arguments(add)
+    add.set_defaults(measure=attention_benchmark.measure)
     for add in commands.choices.values():
         add.add_argument("--json", metavar="FILE", help="write the results as JSON too")
 
@@ -82,7 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write; 1 when a bar is missed."""
     command = ["exact-megatron", "benchmark", args.benchmark]
-    for name in ("documents", "seq_length", "repeats", "samples", "config", "steps"):
+    names = (
+        "documents seq_length batch heads kv_heads head_dim tp cp repeats samples dtype prefix kernel only config steps"
+    )
+    for name in names.split():
         value = getattr(args, name, None)
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, int) and value < 1:
@@ -320,7 +329,7 @@ def print_result(result: dict[str, Any], rows: Sequence[Row]) -> None:
     for row in rows:
         interval = " ({} to {})".format(*map(number, row.interval)) if row.interval else ""
         cells = row.name, number(row.own), number(row.reference), row.unit, number(row.ratio) + interval
-        table.add_row(*cells, row.bar, "passed" if row.passed else "MISSED")
+        table.add_row(*cells, row.bar, "" if not row.bar else "passed" if row.passed else "MISSED")
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     console.print(table)
     for key in [key for key in result if key not in ("benchmark", "rows")]:

@@ -1,6 +1,7 @@
 """Rank script: run each job of a JSON file in turn and write the metrics of its steps.
 
-A job is {"name", "overrides": [...], "steps": n, "save": bool}; results go to OUT/NAME.json from rank 0.
+A job is {"name", "overrides": [...], "steps": n, "save": bool, "attention": mode}; results go to OUT/NAME.json from
+rank 0. `attention` is the mode that every layer's DocumentAttention must have; None is any.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 def main() -> None:
     import torch
 
+    from exact_megatron.attention import DocumentAttention
     from exact_megatron.training.config import load_config
     from exact_megatron.training.data import build_loader
     from exact_megatron.training.trainer import Trainer, shutdown
@@ -22,6 +24,11 @@ def main() -> None:
     for job in jobs:
         run = load_config(config, [f"exp_manager.exp_dir={out}/runs/{job['name']}", *job["overrides"]])
         trainer = Trainer(run, progress=False)
+        layers = [layer for chunk in trainer.model for layer in chunk.module.decoder.layers]
+        cores = [layer.self_attention.core_attention for layer in layers]
+        assert cores and all(isinstance(core, DocumentAttention) for core in cores), cores
+        modes = {core.mode for core in cores}
+        assert job.get("attention") is None or modes == {job["attention"]}, (job, modes)
         consumed = trainer.step * run.model.global_batch_size
         loader = iter(build_loader(run, trainer.train_data, trainer.vocabulary, consumed))
         lines = [trainer.train_step(loader) for _ in range(job["steps"])]

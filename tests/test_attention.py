@@ -316,6 +316,21 @@ def test_mode_follows_the_heads(heads, groups, tp, cp, mode):
             DocumentAttention(given, 1, pg_collection=pgs, mode="ulysses")
 
 
+@pytest.mark.parametrize(
+    "comm, mode", [(None, "ulysses"), ("p2p", "ulysses"), ("a2a", "ulysses"), ("all_gather", "gather")]
+)
+def test_cp_comm_type_chooses(comm, mode):
+    """Megatron hands every layer the config's cp_comm_type; p2p is Megatron-LM's default, so no choice."""
+    given, pgs = config(4, 4, context_parallel_size=2), SimpleNamespace(cp=OneOf(2))
+    assert DocumentAttention(given, 1, pg_collection=pgs, cp_comm_type=comm).mode == mode
+    assert DocumentAttention(given, 1, pg_collection=pgs, cp_comm_type=comm, mode="gather").mode == "gather"
+    assert DocumentAttention(config(4, 4), 1, cp_comm_type="a2a+p2p").mode == "auto", "of no use at cp 1"
+    with pytest.raises(ValueError, match="no cp_comm_type='a2a[+]p2p': use a2a or all_gather"):
+        DocumentAttention(given, 1, pg_collection=pgs, cp_comm_type="a2a+p2p")
+    with pytest.raises(ValueError, match="leave 1 KV heads, .* use mode='gather' [(]cp_comm_type all_gather[)]"):
+        DocumentAttention(config(4, 1, context_parallel_size=2), 1, pg_collection=pgs, cp_comm_type="a2a")
+
+
 def test_with_mode():
     assert DocumentAttention.with_mode("ulysses") is DocumentAttention.with_mode("ulysses")
     assert issubclass(DocumentAttention.with_mode("ulysses"), DocumentAttention)
@@ -429,44 +444,47 @@ def test_varlen_arguments(monkeypatch, lengths):
 # Why the stock path is not taken: the claim of the module docstring and of docs/
 
 
-def stock_wrong_share(cuts: list[int], cp: int) -> tuple[float, float]:
-    """Shares of queries with a wrong key set, and with a future key, if Transformer Engine's thd attention
-    (which takes every document for a zigzag of its own) reads Megatron's whole-sequence zigzag batch.
+def stock_keys(cuts: list[int], cp: int) -> dict[int, set[int]]:
+    """The tokens that each token of a sample sees if Transformer Engine's thd attention (which takes every document for a
+    zigzag of its own) reads Megatron's whole-sequence zigzag batch.
 
     Rank r's slots are split at cu_seqlens // cp; slot i of a document on rank r is taken for its token in
     chunk r or 2*cp-1-r, and the attention is causal in those. The tokens really there are the batch's.
     """
-    seq_length, size = cuts[-1], cuts[-1] // (2 * cp)
+    size = cuts[-1] // (2 * cp)
 
     def two_chunks(rank: int, size: int) -> list[int]:
         return [c * size + i for c in (rank, 2 * cp - 1 - rank) for i in range(size)]
 
-    taken_for, real = {}, {}  # (rank, slot) -> document, position in it; -> token of the sample
+    by_document: dict[int, list[tuple[int, int]]] = {}  # where a slot is taken to be in a document, and its real token
     for rank in range(cp):
-        for slot, token in enumerate(two_chunks(rank, size)):
-            real[rank, slot] = token
+        real = two_chunks(rank, size)
         for document, (a, b) in enumerate(pairwise(cuts)):
-            part = (b - a) // (2 * cp)
-            for i, place in enumerate(two_chunks(rank, part)):
-                taken_for[rank, a // cp + i] = document, place
-    by_document: dict[int, list[tuple[int, int]]] = {}
-    for where, (document, place) in taken_for.items():
-        by_document.setdefault(document, []).append((place, real[where]))
+            taken_for = two_chunks(rank, (b - a) // (2 * cp))
+            by_document.setdefault(document, []).extend(zip(taken_for, real[a // cp :]))
+    return {
+        token: {other for at, other in members if at <= place}
+        for members in by_document.values()
+        for place, token in members
+    }
+
+
+def stock_wrong_share(cuts: list[int], cp: int) -> tuple[float, float]:
+    """Shares of queries with a wrong key set, and with a future key."""
     start = {t: a for a, b in pairwise(cuts) for t in range(a, b)}
-    wrong = future = 0
-    for members in by_document.values():
-        for place, token in members:
-            keys = {other for at, other in members if at <= place}
-            wrong += keys != set(range(start[token], token + 1))
-            future += max(keys) > token
-    return wrong / seq_length, future / seq_length
+    seen = stock_keys(cuts, cp)
+    assert sorted(seen) == list(range(cuts[-1]))
+    wrong = sum(keys != set(range(start[token], token + 1)) for token, keys in seen.items())
+    future = sum(max(keys) > token for token, keys in seen.items())
+    return wrong / cuts[-1], future / cuts[-1]
 
 
-@pytest.mark.parametrize("cp", [2, 4])
+@pytest.mark.parametrize("cp", [2, 4, 8])
 def test_stock_context_parallelism_is_wrong_on_this_batch(cp):
-    """Even for documents of lengths that Transformer Engine asks for, all divisible by 2*cp."""
+    """Even for documents of lengths that Transformer Engine asks for, all divisible by 2*cp. -s prints the shares."""
     rnd = random.Random(0)
-    cuts = [0, *sorted(8 * c for c in rnd.sample(range(1, 64), 6)), 512]
+    cuts = [0, *sorted(16 * c for c in rnd.sample(range(1, 64), 6)), 1024]
     wrong, future = stock_wrong_share(cuts, cp)
+    print(f"\ncp {cp}, documents at {cuts}: {wrong:.1%} of the queries see wrong keys, {future:.1%} a future token")
     assert wrong > 0.9 and future > 0.3, (wrong, future)
     assert stock_wrong_share([0, 512], cp) == (0, 0), "one document a sample: the two zigzags agree"

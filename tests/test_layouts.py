@@ -16,6 +16,10 @@ TP2 = ["model.tensor_model_parallel_size=2"]
 SP = [*TP2, "model.sequence_parallel=true"]
 PP2 = ["model.pipeline_model_parallel_size=2"]
 CP2 = ["model.context_parallel_size=2"]
+CP4 = ["model.context_parallel_size=4"]
+A2A = ["model.cp_comm_type=a2a"]
+GATHER = ["model.cp_comm_type=all_gather"]
+ASKED = {A2A[0]: "ulysses", GATHER[0]: "gather"}
 PLAIN = ["model.optim.name=adam"]
 MBS2 = ["model.micro_batch_size=2"]
 FULL = [
@@ -31,7 +35,7 @@ TIED = ["model.share_embeddings_and_output_weights=true"]
 QWEN = ["model.qk_layernorm=true", "model.qkv_bias=true"]
 GPT = ["model.normalization=layernorm", "model.activation=gelu", "model.bias=true"]
 # Other architectures, each with a base checkpoint and a one-rank reference of its own.
-FAMILIES = {"tied": TIED, "qwen": QWEN, "gpt": GPT}
+FAMILIES = {"tied": TIED, "qwen": QWEN, "gpt": GPT, "mha": ["model.num_query_groups=4"]}
 
 LAYOUTS = {
     1: {
@@ -53,7 +57,8 @@ LAYOUTS = {
         "dp2": PLAIN,
         "dp2_mbs2": [*PLAIN, *MBS2],
         "dp2_distributed_optimizer_overlap": OVERLAP,
-        "cp2": CP2,
+        "cp2": [*CP2, *A2A],
+        "cp2_gather": [*CP2, *GATHER],
         "cp2_mbs2_full": [*CP2, *MBS2, *FULL],
         "cp2_plain": [*CP2, *PLAIN],
         "tied-pp2": [*TIED, *PP2],
@@ -67,8 +72,15 @@ LAYOUTS = {
         "tp2_pp2": [*SP, *PP2],
         "tp2_cp2": [*SP, *CP2],
         "tp2_cp2_mbs2": [*TP2, *CP2, *MBS2, *PLAIN],
+        "pp2_cp2": [*PP2, *CP2, *A2A, *MBS2],
+        "pp2_cp2_gather_full": [*PP2, *CP2, *GATHER, *FULL],
+        "cp4": CP4,
+        "mha-cp4": [*FAMILIES["mha"], *CP4, *A2A],
+        "mha-sp_cp2": [*FAMILIES["mha"], *SP, *CP2, *A2A],
     },
 }
+# How documents are attended across context-parallel ranks where the layout leaves it open: two KV heads.
+CHOSEN = {"cp2_plain": "ulysses", "tp2_cp2": "gather", "cp4": "gather"}
 CASES = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts if "one_rank" not in name]
 
 
@@ -93,6 +105,7 @@ def results(tmp_path_factory):
             {
                 "name": name,
                 "steps": STEPS,
+                "attention": CHOSEN.get(name, next((mode for key, mode in ASKED.items() if key in overrides), None)),
                 "overrides": [
                     f"restore_from_path={folder}/runs/{name.split('-')[0]}" if "-" in name else start,
                     f"trainer.devices={world}",

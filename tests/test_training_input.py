@@ -52,6 +52,19 @@ def folder(tmp_path_factory):
             "batch_p2p_comm=true with virtual pipeline stages gives wrong gradients",
         ),
         (["model.virtual_pipeline_model_parallel_size=2"], "needs model.pipeline_model_parallel_size > 1"),
+        (
+            ["trainer.devices=8", "model.tensor_model_parallel_size=4", "model.sequence_parallel=true"]
+            + ["model.num_query_groups=4", "model.context_parallel_size=2", "model.data.seq_length=68"],
+            "34 tokens of a context-parallel rank to be a multiple of model.tensor_model_parallel_size=4",
+        ),
+        (["model.cp_comm_type=p2p"], "cp_comm_type='p2p' is not one of a2a, all_gather, .* leave it out"),
+        (["model.cp_comm_type=ulysses"], "cp_comm_type='ulysses' is not one of a2a, all_gather"),
+        (
+            ["trainer.devices=4", "model.tensor_model_parallel_size=2", "model.context_parallel_size=2"]
+            + ["model.cp_comm_type=a2a"],
+            "the 1 KV heads of a tensor-parallel rank do not divide by model.context_parallel_size=2: use all_gather",
+        ),
+        (["model.attention_dropout=0.1"], "attention_dropout=0.1: the attention over documents has none"),
         (["model.mtp_num_layers=1"], "mtp_num_layers=1: multi-token prediction rolls loss_mask"),
         (["model.data.document_masking=false"], "weighted by a context that is not what they see"),
         (
@@ -68,6 +81,29 @@ def folder(tmp_path_factory):
 def test_settings_are_refused_before_anything_starts(folder, overrides, message):
     with pytest.raises(ValueError, match=message):
         load_config(folder / "tiny.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["multi_latent_attention", "is_hybrid_model", "hybrid_context_parallel", "fused_single_qkv_rope"]
+    + ["fp8_dot_product_attention", "window_size", "softmax_type"],
+)
+def test_attention_that_documents_do_not_have_cannot_be_asked_for(folder, key):
+    """`check_supported` refuses these in other hosts; here there is no such key, and no run that drops it in silence."""
+    with pytest.raises(ValueError, match=f"unknown key model.{key}: "):
+        load_config(folder / "tiny.yaml", [f"model.{key}=1"])
+
+
+@pytest.mark.parametrize("comm", ["null", "a2a", "all_gather"])
+def test_the_exchange_under_context_parallelism_can_be_chosen(folder, comm):
+    cp = ["trainer.devices=2", "model.context_parallel_size=2", f"model.cp_comm_type={comm}"]
+    assert load_config(folder / "tiny.yaml", cp).model.cp_comm_type == (None if comm == "null" else comm)
+
+
+def test_mean_of_means_under_context_parallelism_where_all_ranks_supervise_alike(folder):
+    """Equal to the sum divided once (test_layouts.py: not_per_token_cp2); refused with masked targets, see above."""
+    cp = ["trainer.devices=2", "model.context_parallel_size=2", "model.data.eod_mask_loss=false"]
+    assert not load_config(folder / "tiny.yaml", [*cp, "model.calculate_per_token_loss=false"]).model.data.eod_mask_loss
 
 
 def test_a_missing_file_and_a_typo_in_it(folder, tmp_path):
@@ -146,7 +182,11 @@ def test_boundaries_of_a_micro_batch_are_flattened():
     assert batch["boundaries"].dtype == torch.int32 and batch["tokens"].shape == (3, 8)
 
 
-def test_a_document_does_not_see_its_neighbours(folder, tmp_path):
-    launch("run_leak.py", [str(folder / "tiny.yaml"), str(tmp_path / "leak.json")], 1)
-    result = json.loads((tmp_path / "leak.json").read_text())
-    assert result == {"logits": True, "gradients": True, "nonzero": True, "unmasked_leaks": True}
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_document_does_not_see_its_neighbours(folder, tmp_path, ranks):
+    """Two ranks are context-parallel, with each exchange."""
+    launch("run_leak.py", [str(folder / "tiny.yaml"), str(tmp_path / "leak.json")], ranks)
+    results = json.loads((tmp_path / "leak.json").read_text())
+    assert len(results) == (1 if ranks == 1 else 4), "one for each exchange and rank"
+    for result in results:
+        assert result == {"logits": True, "gradients": True, "nonzero": True, "unmasked_leaks": True}

@@ -91,6 +91,7 @@ class ModelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: Optional[int] = None
     context_parallel_size: int = 1
+    cp_comm_type: Optional[str] = None  # a2a | all_gather; None: a2a where the KV heads allow it
     sequence_parallel: bool = False  # without effect at tensor_model_parallel_size=1
     overlap_p2p_comm: Optional[bool] = None  # None: with virtual pipeline stages
     batch_p2p_comm: Optional[bool] = None  # None: without virtual pipeline stages
@@ -301,6 +302,19 @@ def check(config: RunConfig) -> None:
             f"sequence parallelism needs the {data.seq_length // cp} tokens of a context-parallel rank to be a multiple of "
             f"model.tensor_model_parallel_size={tp}"
         )
+    if m.cp_comm_type not in (None, "a2a", "all_gather"):
+        refuse(
+            f"model.cp_comm_type={m.cp_comm_type!r} is not one of a2a, all_gather, the exchanges that documents are attended with; "
+            "leave it out to have one of them chosen"
+        )
+    kv_heads = (m.num_query_groups or m.num_attention_heads) // tp
+    if m.cp_comm_type == "a2a" and kv_heads % cp:
+        refuse(
+            f"model.cp_comm_type=a2a shares heads among context-parallel ranks, and the {kv_heads} KV heads of a tensor-parallel rank do "
+            f"not divide by model.context_parallel_size={cp}: use all_gather, or leave it out"
+        )
+    if m.attention_dropout:
+        refuse(f"model.attention_dropout={m.attention_dropout}: the attention over documents has none, set it to 0.0")
     if m.mtp_num_layers:
         refuse(
             f"model.mtp_num_layers={m.mtp_num_layers}: multi-token prediction rolls loss_mask with the labels, so that the weights would "

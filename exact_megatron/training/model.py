@@ -94,6 +94,7 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         pipeline_model_parallel_size=m.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=vpp,
         context_parallel_size=m.context_parallel_size,
+        cp_comm_type=m.cp_comm_type,
         sequence_parallel=m.sequence_parallel and m.tensor_model_parallel_size > 1,
         overlap_p2p_comm=vpp is not None if m.overlap_p2p_comm is None else m.overlap_p2p_comm,
         batch_p2p_comm=vpp is None if m.batch_p2p_comm is None else m.batch_p2p_comm,
