@@ -45,9 +45,13 @@ class WeightTable:
         if config.normalization == "corpus":
             scale = float(bucket_counts @ self.bucket_weights / bucket_counts.sum())
         applied = (self.bucket_weights / scale).astype(np.float32)
+        if not np.isfinite(applied).all():
+            raise ValueError(
+                f"model.exact.alpha={config.alpha:g} and model.exact.gamma={config.gamma:g} give weights that float32 cannot hold"
+            )
         self.marks = np.empty(0, np.float32)
-        if config.alpha > 0:
-            applied = _pairwise_distinct(self.bucket_weights / scale, self.tail, bucket_counts)
+        if (self.bucket_weights != 1).any():
+            applied = _distinct(self.bucket_weights / scale, self.tail, bucket_counts, config.normalization == "corpus")
             self.marks = applied[self.tail]
         self.lookup = np.repeat(applied, np.diff(self.edges))
         self.mean = float(self.counts @ self.lookup.astype(np.float64) / self.counts.sum())
@@ -130,14 +134,17 @@ def _bucket_weights(bucket_counts: np.ndarray, tail: np.ndarray, config: ExactCo
     in_tail = bucket_counts[tail]
     if in_tail.sum() == 0:
         longest = int(np.flatnonzero(counts)[-1]) if counts.any() else 0
+        edges = log2_bucket_edges(len(counts) - 1)[:-1]
+        least = int(edges[edges <= longest][-1])
         raise ValueError(
             f"no target has an effective context of tau={config.tau} or more in a window of {len(counts) - 1} tokens: the longest "
-            f"seen is {longest}. Set model.exact.tau to at most {longest}, or use longer documents"
+            f"seen is {longest}. Set model.exact.tau to at most {least}, the last bucket with targets, or use longer documents"
         )
     q = in_tail / in_tail.sum()
     filled = np.flatnonzero(in_tail)
     r = np.zeros(len(tail))
-    r[filled] = (q[filled] + config.eps) ** -config.gamma
+    logarithm = -config.gamma * np.log(q[filled] + config.eps)
+    r[filled] = np.exp(logarithm - logarithm.max())  # a common factor cancels
     for empty in np.flatnonzero(in_tail == 0):  # the nearest bucket that has targets; of two, the shorter context
         r[empty] = r[filled[np.argmin(np.abs(filled - empty))]]
     weights = np.ones(len(bucket_counts))
@@ -145,20 +152,21 @@ def _bucket_weights(bucket_counts: np.ndarray, tail: np.ndarray, config: ExactCo
     return weights if config.max_weight is None else np.minimum(weights, config.max_weight)
 
 
-def _pairwise_distinct(exact: np.ndarray, tail: np.ndarray, bucket_counts: np.ndarray) -> np.ndarray:
-    """Round weights float64[B] to float32 such that each tail bucket's is above the short part's and no two are equal: the
-    bucket with the most targets takes the nearest number, so that the corpus mean moves least."""
+def _distinct(exact: np.ndarray, tail: np.ndarray, bucket_counts: np.ndarray, keep_mean: bool) -> np.ndarray:
+    """Round weights float64[B] to float32 such that the tail's are pairwise distinct and above the short part's, and a rarer
+    bucket's above a more frequent one's. With `keep_mean` the short part's weight takes up what rounding moves."""
     rounded = exact.astype(np.float32)
-    taken = {rounded[0]} if tail[0] else {np.float32(0)}
-    least = max(taken)
+    below = rounded[0] if tail[0] else np.float32(0)
+    taken = set()
     for bucket in sorted(tail, key=lambda b: (-bucket_counts[b], b)):
-        near = [rounded[bucket]]
-        for limit in (np.float32(np.inf), np.float32(0)):
-            number = rounded[bucket]
-            for _ in tail:
-                number = np.nextafter(number, limit)
-                near.append(number)
-        free = [number for number in near if number > least and number not in taken]
-        rounded[bucket] = min(free, key=lambda number: (abs(float(number) - exact[bucket]), number))
+        if bucket_counts[bucket]:
+            rounded[bucket] = below = max(rounded[bucket], np.nextafter(below, np.float32(np.inf)))
+        while rounded[bucket] in taken or rounded[bucket] <= rounded[0] and tail[0]:
+            rounded[bucket] = np.nextafter(rounded[bucket], np.float32(np.inf))
         taken.add(rounded[bucket])
+    short = bucket_counts[: tail[0]].sum()
+    if keep_mean and short:
+        weight = np.float32((bucket_counts.sum() - bucket_counts[tail] @ rounded[tail].astype(np.float64)) / short)
+        if weight < rounded[tail].min():
+            rounded[: tail[0]] = weight
     return rounded

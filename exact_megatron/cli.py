@@ -65,7 +65,23 @@ def main(argv: list[str] | None = None) -> int:
     benchmark.add_arguments(add)
     add.set_defaults(run=benchmark.run)
 
-    args = parser.parse_args(argv)
+    commands.add_parser(
+        "launch",
+        help="run a training script of Megatron-LM, unchanged, with EXACT hooked in: launch --help",
+        add_help=False,
+    )
+    add = commands.add_parser("doctor", help="what is installed, what can be hooked, and what a run would do")
+    from . import doctor
+
+    doctor.add_arguments(add)
+    add.set_defaults(run=doctor.run)
+
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["launch"]:  # the script's arguments, and its errors, are its own
+        from .launch import main as launch
+
+        return launch(given[1:])
+    args = parser.parse_args(given)
     _quiet_warnings()
     try:
         return args.run(args)

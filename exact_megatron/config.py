@@ -13,6 +13,10 @@ from typing import Any
 PREFIX = "model.exact."
 
 
+class ExactError(RuntimeError):
+    """A run that cannot go on, in words for the user; other RuntimeErrors (torch's, NCCL's) keep their traceback."""
+
+
 @dataclass(frozen=True)
 class ExactConfig:
     """Settings of the EXACT weighting (arXiv 2605.10544), `model.exact.*` in every host.
@@ -76,7 +80,10 @@ class ExactConfig:
             raise ValueError(f"seq_length must be a positive number of tokens, not {seq_length!r}")
         tau = seq_length // 4 if self.tau is None else int(self.tau)
         last_edge = 1 << max(seq_length - 1, 1).bit_length() - 1  # the largest power of two below the window
-        last_edge = last_edge if last_edge >= 8 else 0
+        if last_edge < 8:
+            raise ValueError(
+                f"a window of {seq_length} tokens has no tail: its targets fill one bucket. Use a longer window"
+            )
         if tau > last_edge:
             raise ValueError(
                 f"{PREFIX}tau={tau} lies above the last bucket of a window of {seq_length} tokens, which starts at "
@@ -151,6 +158,6 @@ def parse_scalar(text: str) -> Any:
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """Message for a key nobody knows, with the nearest known one."""
     known = list(known)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
     return f"unknown key {key}: {hint}"

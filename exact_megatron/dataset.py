@@ -15,10 +15,10 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from .allocation import WeightTable
-from .config import ExactConfig
+from .config import ExactConfig, ExactError
 from .exposure import ExposureCensus
 from .loss import ExactLoss
-from .packing import sample_pieces
+from .packing import misplaced_sample, sample_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ class ExactGPTDataset(GPTDataset):
 
     weight_table: WeightTable | None = None
     emit_cu_seqlens = False
+    boundaries_only = False  # samples are their cu_seqlens alone, and no token is read: for ranks that need no more
+    _tail_start = 0  # least effective context with another weight than 0 has
 
     def __init__(
         self,
@@ -56,22 +58,19 @@ class ExactGPTDataset(GPTDataset):
             )
         super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
 
-    boundaries_only = False  # samples are their cu_seqlens alone, and no token is read: for ranks that need no more
-    _tail_start = 0  # least effective context with another weight than 0 has
-
     def attach(self, table: WeightTable, loss: ExactLoss) -> None:
         """Weight the samples by `table`, which `loss` will read.
 
         Raises:
             ValueError: the table is for another window.
-            RuntimeError: `loss` has not wrapped a loss function or is bound to another table.
+            ExactError: `loss` has not wrapped a loss function or is bound to another table.
         """
         if table.seq_length != self.config.sequence_length:
             raise ValueError(
                 f"the weight table is for a window of {table.seq_length}, the dataset has {self.config.sequence_length}"
             )
         if not loss.wrapped or loss.table is None or loss.table.digest != table.digest:
-            raise RuntimeError(
+            raise ExactError(
                 "a weighted dataset needs its loss hook: call ExactLoss.wrap(loss_func) and ExactLoss.bind(table) with the "
                 "same table first"
             )
@@ -160,6 +159,12 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
                 f"EXACT weights the samples of GPTDataset, not of {cls.__name__} (mock, FIM and SFT data have no document "
                 "pieces that it knows): give real .bin/.idx data, or set model.exact.enabled=false"
             )
+        masked = emit_cu_seqlens or config.reset_attention_mask or getattr(config, "inter_document_masking", False)
+        if exact.enabled and not masked and not exact.allow_unmasked_documents:
+            raise ValueError(
+                "the documents of a sample would see each other, so that the weights do not measure what a target sees: mask them "
+                "(emit_cu_seqlens=True and an attention that uses it), or accept it with model.exact.allow_unmasked_documents=true"
+            )
         super().__init__(cls, sizes, is_built_on_rank, config)
         self.exact = exact.validated(config.sequence_length) if exact.enabled else exact
         self.loss = loss
@@ -171,10 +176,12 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
         """Build the splits (see BlendedMegatronDatasetBuilder.build), and weight them when enabled. Call on every rank.
 
         Raises:
-            ValueError: there is no training split to count, or no target of it lies in the tail.
-            RuntimeError: no loss function is hooked.
+            ValueError: there is no training split to count, no target of it lies in the tail, or Megatron's index caches belong
+                to other data than what lies there now.
+            ExactError: no loss function is hooked.
         """
         datasets = super().build()
+        _from_rank_0(lambda: [self._check_index(member) for member in members(datasets)])
         if self.exact.enabled:
             self.census = _from_rank_0(lambda: self._census(datasets[0]))
             self.table = WeightTable.from_census(self.census, self.exact)
@@ -184,6 +191,22 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
             if self.table is not None:
                 member.attach(self.table, self.loss)
         return datasets
+
+    def _check_index(self, member: ExactGPTDataset) -> None:
+        if not len(member):
+            return
+        if member.shuffle_index is None:  # defer_npy_index_mmap: loaded at the first query
+            member._query_document_sample_shuffle_indices(0)
+        partial = member.index_split.name == "valid" and not self.config.drop_last_partial_validation_sequence
+        starts = member.sample_index[:-1] if partial else member.sample_index
+        wrong = misplaced_sample(
+            member.document_index, starts, member.dataset.sequence_lengths, self.config.sequence_length
+        )
+        if wrong is not None:
+            raise ValueError(
+                f"Megatron's index caches of {member.dataset_path} were built from other data than what lies there now (sample {wrong} "
+                f"starts elsewhere): remove the caches ({self.config.path_to_cache or 'the folder cache beside the data'})"
+            )
 
     def _census(self, train: Any) -> ExposureCensus:
         if train is None:

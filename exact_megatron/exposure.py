@@ -136,24 +136,12 @@ class ExposureCensus:
 
     @classmethod
     def from_dataset(cls, dataset: Any, chosen: np.ndarray | None = None) -> ExposureCensus:
-        """Census of all whole samples of a (built) GPTDataset; `chosen` is bool[samples] in packed order, before the shuffle.
-
-        Raises:
-            ValueError: the dataset's cached indices do not belong to its documents.
-        """
+        """Census of all whole samples of a (built) GPTDataset; `chosen` is bool[samples] in packed order, before the shuffle."""
         if dataset.document_index is None:  # defer_npy_index_mmap: loaded at the first query
             dataset._query_document_sample_shuffle_indices(0)
         lengths, order = dataset.dataset.sequence_lengths, dataset.document_index
         seq_length, extra = dataset.config.sequence_length, bool(dataset.config.add_extra_token_to_sequence)
-        known = int(order.max()) < len(lengths)
-        samples = (stream_tokens(lengths, order) - int(extra)) // seq_length if known else -1
-        partial = dataset.index_split.name == "valid" and not dataset.config.drop_last_partial_validation_sequence
-        if samples not in (len(dataset.shuffle_index), len(dataset.shuffle_index) - int(partial)):
-            raise ValueError(
-                f"Megatron's index caches of {dataset.dataset_path} hold {len(dataset.shuffle_index)} samples of {seq_length} tokens "
-                f"and were built from other data than what lies there now ({samples} samples): remove the caches "
-                f"({dataset.config.path_to_cache or 'the folder cache beside the data'})"
-            )
+        samples = (stream_tokens(lengths, order) - int(extra)) // seq_length
         return cls._count(lengths, seq_length, order, samples, extra, bool(dataset.config.eod_mask_loss), chosen)
 
     @classmethod

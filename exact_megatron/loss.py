@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .allocation import WeightTable
-from .config import ExactConfig
+from .config import ExactConfig, ExactError
 
 
 class ExactLoss:
@@ -36,10 +36,10 @@ class ExactLoss:
         """Take the table whose weights the batches will carry.
 
         Raises:
-            RuntimeError: no loss function has been wrapped, so that the weights would be read as fractions of targets.
+            ExactError: no loss function has been wrapped, so that the weights would be read as fractions of targets.
         """
         if not self.wrapped:
-            raise RuntimeError(
+            raise ExactError(
                 "the dataset is about to weight its targets, but no loss function is hooked: call ExactLoss.wrap(loss_func) "
                 "and train with what it returns, or set model.exact.enabled=false"
             )
@@ -60,10 +60,10 @@ class ExactLoss:
             log_buckets, the unweighted loss of the short part and of each tail bucket, each as float32 [sum, count].
 
         Raises:
-            RuntimeError: `loss_func` is hooked already.
+            ExactError: `loss_func` is hooked already.
         """
         if getattr(loss_func, "exact_loss", None) is not None:
-            raise RuntimeError(f"{loss_func.__name__} is already hooked by EXACT: install the hook once")
+            raise ExactError(f"{loss_func.__name__} is already hooked by EXACT: install the hook once")
 
         @functools.wraps(loss_func)
         def hooked(loss_mask: torch.Tensor, output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +82,7 @@ class ExactLoss:
         """Sums and counts for the log, {name: float32 [sum, count]}; no communication."""
         table = self.table
         if table is None:
-            raise RuntimeError(
+            raise ExactError(
                 "the EXACT loss hook runs, but no weight table was bound: the data were not built by ExactDatasetBuilder. "
                 "Build them with it, or set model.exact.enabled=false"
             )
@@ -108,7 +108,7 @@ class ExactLoss:
         known = torch.from_numpy(table.lookup).to(weights.device).unique()
         strange = weights[(weights != 0) & ~torch.isin(weights, known)]
         if strange.numel():
-            raise RuntimeError(
+            raise ExactError(
                 f"a batch carries the weight {strange[0].item():.9g}, which is not in the weight table {table.digest} "
                 f"({known.min().item():.9g} to {known.max().item():.9g}): the data are unweighted, weighted by another table, or "
                 "loss_mask was cast or changed on its way to the loss"

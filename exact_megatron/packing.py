@@ -109,18 +109,46 @@ def sample_pieces(
 
     Returns:
         (cu_seqlens int64[pieces + 1] from 0 to S, continues): `continues` says that the last label belongs to the last piece. A
-        sample shorter than S (the last one of a validation split) ends with its last document and is padded: the padding
-        is folded into the last piece and its targets are masked.
+        sample shorter than S (the last one of a validation split) is padded: its inputs reach to the stream's last token, and
+        the padding is folded into the last piece, its targets masked.
     """
     (first, offset), (last, end) = sample_index[sample : sample + 2].tolist()
     sizes = lengths[document_index[first : last + 1]].tolist()
     sizes[-1] = end  # of the last document, up to where the next sample starts
     sizes[0] -= offset
+    if extra_token and sum(sizes) < seq_length:
+        sizes[-1] += 1  # the stream's last token is an input here
     # Without empty documents, and without the document of which a sample only has the label token.
     cu = [0, *accumulate(size for size in sizes if size > 0)]
     continues = bool(extra_token) and sizes[-1] > 0 and cu[-1] == seq_length
     cu[-1] = seq_length
     return np.array(cu, np.int64), continues
+
+
+def misplaced_sample(
+    document_index: np.ndarray, sample_index: np.ndarray, lengths: np.ndarray, seq_length: int, chunk: int = 1 << 19
+) -> int | None:
+    """First sample that does not start at i * S in the stream of these documents, None if all do.
+
+    Megatron's index caches are named by the data's path: data prepared again at the same place meet the old indices.
+
+    Args:
+        document_index, sample_index, lengths, seq_length: as for `sample_pieces`.
+        chunk: documents held at once.
+    """
+    if int(document_index.max(initial=0)) >= len(lengths):
+        return 0
+    offset = 0
+    for first in range(0, len(document_index), chunk):
+        size = lengths.take(document_index[first : first + chunk]).astype(np.int64)
+        begin = np.cumsum(size) - size + offset
+        low, high = np.searchsorted(sample_index[:, 0], [first, first + len(size)])
+        document, inside = sample_index[low:high, 0].astype(np.int64) - first, sample_index[low:high, 1]
+        wrong = (begin[document] + inside != np.arange(low, high) * seq_length) | (inside > size[document])
+        if wrong.any():
+            return int(low + np.argmax(wrong))
+        offset += int(size.sum())
+    return None
 
 
 @dataclass

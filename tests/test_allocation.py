@@ -29,7 +29,7 @@ COUNTS = st.lists(st.integers(0, 10**9), min_size=10, max_size=10).filter(lambda
 @settings(max_examples=150, deadline=None)
 @given(
     bucket_counts=COUNTS,
-    alpha=st.one_of(st.just(0.0), st.floats(1e-6, 3)),
+    alpha=st.one_of(st.just(0.0), st.floats(1e-5, 3)),
     gamma=st.floats(0, 2),
     normalization=st.sampled_from(["corpus", "none"]),
 )
@@ -53,6 +53,8 @@ def test_budget_mean_and_formula(bucket_counts, alpha, gamma, normalization):
     if alpha == 0:
         assert (table.lookup == np.float32(1)).all() and len(table.marks) == 0 and table.part_names == []
     else:
+        filled = [(c, w) for c, w in zip(bucket_counts[8:], table.marks) if c]
+        assert all(a[1] < b[1] for a in filled for b in filled if a[0] > b[0])  # the rarer weighs more
         marked = [*table.marks, table.lookup[0]]
         assert len(set(marked)) == len(marked) == 3
         assert (table.marks > table.lookup[0]).all()
@@ -87,7 +89,10 @@ def test_last_bucket_is_closed_at_the_window():
 def test_no_tail_target_names_window_tau_and_longest():
     counts = np.zeros(4097, np.int64)
     counts[:700] = 5
-    with pytest.raises(ValueError, match="tau=1024 or more in a window of 4096 tokens: the longest seen is 699"):
+    with pytest.raises(
+        ValueError,
+        match="tau=1024 or more in a window of 4096 tokens: the longest seen is 699. Set model.exact.tau to at most 512,",
+    ):
         WeightTable.from_counts(counts, 4096)
 
 
@@ -123,3 +128,24 @@ def test_rows_add_up():
     assert table.tail_share == pytest.approx(sum(r["targets"] for r in tail) / 55)
     gained = table.weighted_tail_share / (1 - table.weighted_tail_share)
     assert gained == pytest.approx(1.15 * table.tail_share / (1 - table.tail_share), rel=1e-6)
+
+
+@pytest.mark.parametrize("cap", [1.0, 1.05])
+def test_a_binding_cap_keeps_mean_and_order(cap):
+    counts = counts_for([1000] * 7 + [300, 200, 100], 4096)
+    table = WeightTable.from_counts(counts, 4096, tau=512, alpha=0.3, max_weight=cap)
+    assert abs(table.mean - 1) < 1e-7
+    if cap == 1:
+        assert (table.lookup == 1).all() and not len(table.marks)
+    else:
+        assert table.marks[0] < table.marks[1] < table.marks[2] < table.marks[0] * (1 + 1e-6)
+
+
+def test_extreme_exponents_and_budgets():
+    counts = counts_for([1000] * 8 + [300, 1], 4096)
+    steep = WeightTable.from_counts(counts, 4096, gamma=100.0)
+    assert np.isfinite(steep.lookup).all() and steep.bucket_weights[-1] == pytest.approx(1 + 0.15 * 301)
+    with pytest.raises(
+        ValueError, match="alpha=1e[+]39 and model.exact.gamma=0.5 give weights that float32 cannot hold"
+    ):
+        WeightTable.from_counts(counts, 4096, alpha=1e39, normalization="none")

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 
 import numpy as np
@@ -13,7 +14,7 @@ from exact_megatron.dataset import ExactDatasetBuilder, members
 from exact_megatron.loss import ExactLoss, gpt_loss
 
 S = 48
-ON = ExactConfig(enabled=True, tau=8)
+ON = ExactConfig(enabled=True, tau=8, allow_unmasked_documents=True)
 
 
 def dataset_config(tmp_path, blend=None, **changes):
@@ -114,7 +115,7 @@ def test_weights_and_boundaries_of_every_sample(tmp_path, write_corpus):
     assert abs(builder.table.mean - 1) < 1e-7
 
 
-@pytest.mark.parametrize("exact", [ExactConfig(), ExactConfig(enabled=True, alpha=0.0, tau=8)], ids=["off", "alpha0"])
+@pytest.mark.parametrize("exact", [ExactConfig(), dataclasses.replace(ON, alpha=0.0)], ids=["off", "alpha0"])
 @pytest.mark.parametrize("eod_mask_loss", [False, True])
 def test_off_and_alpha_0_are_bitwise_stock(tmp_path, write_corpus, exact, eod_mask_loss):
     lengths = uneven_lengths(np.random.default_rng(1), S, 40)
@@ -154,6 +155,23 @@ def test_pads_and_batch_padding_stay_unsupervised(tmp_path, write_corpus):
     assert (valid[None]["loss_mask"] == 0).all()
 
 
+@pytest.mark.parametrize("last", [1, 2, 7])
+def test_a_short_last_sample_keeps_the_boundary_of_a_short_last_document(tmp_path, write_corpus, last):
+    lengths = np.array([S + 5] * 10 + [S, S - 9, last], np.int32)
+    config = dataset_config(
+        tmp_path,
+        None,
+        blend_per_split=[([write_corpus(lengths)], None), ([write_corpus(lengths[-3:], "v")], None), None],
+        drop_last_partial_validation_sequence=False,
+    )
+    (_, valid, _), builder = build(config, [10, 2, 0])
+    for i in range(len(valid)):
+        sample, supervised = valid[i], valid[i]["loss_mask"].numpy() > 0
+        context = context_of_targets(lengths[-3:], sample["tokens"].numpy(), sample["labels"].numpy())
+        expected = builder.table.lookup[context]
+        np.testing.assert_array_equal(sample["loss_mask"].numpy()[supervised], expected[supervised])
+
+
 def test_cache_is_reused_and_follows_the_data(tmp_path, write_corpus, monkeypatch):
     lengths = uneven_lengths(np.random.default_rng(2), S, 40)
     blend = ([write_corpus(lengths)], None)
@@ -165,7 +183,7 @@ def test_cache_is_reused_and_follows_the_data(tmp_path, write_corpus, monkeypatc
         patch.setattr(ExposureCensus, "from_dataset", None)  # counting again would fail
         again = build(dataset_config(tmp_path, blend, num_dataset_builder_threads=2), [30, 0, 0])[1]
         assert again.census.digest == first.census.digest
-        other_alpha = build(dataset_config(tmp_path, blend), [30, 0, 0], ExactConfig(enabled=True, alpha=0.3, tau=8))[1]
+        other_alpha = build(dataset_config(tmp_path, blend), [30, 0, 0], dataclasses.replace(ON, alpha=0.3))[1]
         assert other_alpha.census.digest == first.census.digest != other_alpha.table.digest != first.table.digest
 
     build(dataset_config(tmp_path, blend, eod_mask_loss=True), [30, 0, 0])
@@ -197,10 +215,13 @@ def test_without_path_to_cache(tmp_path, write_corpus):
 def test_stale_index_caches_are_refused(tmp_path, write_corpus):
     """Megatron's caches are named by the path: data prepared again at the same place meet the old indices."""
     rng = np.random.default_rng(3)
-    build(dataset_config(tmp_path, ([write_corpus(uneven_lengths(rng, S, 40))], None)), [30, 0, 0])
-    prefix = write_corpus(uneven_lengths(rng, S, 80) * 2)
-    with pytest.raises(ValueError, match="index caches of .* were built from other data"):
-        build(dataset_config(tmp_path, ([prefix], None)), [30, 0, 0])
+    first = uneven_lengths(rng, S, 40)
+    build(dataset_config(tmp_path, ([write_corpus(first)], None)), [30, 0, 0])
+    for lengths in (uneven_lengths(rng, S, 80) * 2, first[::-1], first[: len(first) // 2]):
+        config = dataset_config(tmp_path, ([write_corpus(lengths)], None))
+        for exact in (ON, ExactConfig()):
+            with pytest.raises(ValueError, match="index caches of .* were built from other data"):
+                build(config, [30, 0, 0], exact)
 
 
 def test_a_weighted_dataset_needs_the_hook(tmp_path, write_corpus):
@@ -216,13 +237,21 @@ def test_a_weighted_dataset_needs_the_hook(tmp_path, write_corpus):
         train.attach(WeightTable.measuring(64), ExactLoss(ON))
 
 
+def test_unmasked_documents_are_refused(tmp_path, write_corpus):
+    config = dataset_config(tmp_path, ([write_corpus(np.array([99] * 50, np.int32))], None))
+    strict = dataclasses.replace(ON, allow_unmasked_documents=False)
+    with pytest.raises(ValueError, match="documents of a sample would see each other"):
+        build(config, [30, 0, 0], strict)
+    assert build(config, [30, 0, 0], strict, emit_cu_seqlens=True)[1].table is not None
+
+
 def test_mock_data_and_too_long_tau_are_refused(tmp_path, write_corpus):
     loss = ExactLoss(ON)
     with pytest.raises(ValueError, match="not of MockGPTDataset"):
         ExactDatasetBuilder(MockGPTDataset, [1, 1, 1], lambda: True, dataset_config(tmp_path), exact=ON, loss=loss)
     config = dataset_config(tmp_path, ([write_corpus(np.array([9] * 200, np.int32))], None))
     with pytest.raises(ValueError, match="tau=16 or more in a window of 48 tokens: the longest seen is 8"):
-        build(config, [30, 0, 0], ExactConfig(enabled=True, tau=16))
+        build(config, [30, 0, 0], dataclasses.replace(ON, tau=16))
 
 
 def test_an_empty_split_is_refused_where_megatron_would_hang(tmp_path, write_corpus):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison import changed_settings, write_report
+from ..config import ExactError
 from ..machine import machine
 from .config import RunConfig, load_config
 from .launch import is_rank, torchrun
@@ -72,7 +73,7 @@ def compare(config_path: str | Path | None, overrides: list[str], base_seq_lengt
 
     Raises:
         FileNotFoundError, ValueError: see plan; also where a folder holds a run with other settings.
-        RuntimeError: a run failed or was stopped from outside; names it and its exit code.
+        ExactError: a run failed or was stopped from outside; names it and its exit code.
     """
     if is_rank():
         raise ValueError("start `exact-megatron compare` once, not under torchrun or srun: it starts the ranks itself")
@@ -90,9 +91,9 @@ def compare(config_path: str | Path | None, overrides: list[str], base_seq_lengt
         print(f"== {headline}", file=sys.stderr, flush=True)
         code = launch(arm.command)
         if code:
-            raise RuntimeError(f"the run {arm.name} failed with exit code {code}; its messages are above")
+            raise ExactError(f"the run {arm.name} failed with exit code {code}; its messages are above")
         if arm.steps_done < arm.run.trainer.max_steps:
-            raise RuntimeError(
+            raise ExactError(
                 f"the run {arm.name} was stopped after step {arm.steps_done} of {arm.run.trainer.max_steps} "
                 "(exit code 0): the same command goes on from there"
             )

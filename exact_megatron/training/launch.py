@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from ..config import ExactError
+
 SHUTDOWN_SECONDS = 600  # for a checkpoint after a stop signal; torchrun's own default of 30 s would kill it half-way
 
 
@@ -12,13 +14,13 @@ def is_rank() -> bool:
     """Whether torchrun or srun started this process as one rank of several; srun's variables are then given torch's names.
 
     Raises:
-        RuntimeError: srun started several tasks, but MASTER_ADDR does not say where they meet.
+        ExactError: srun started several tasks, but MASTER_ADDR does not say where they meet.
     """
     if "RANK" in os.environ:
         return True
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         if "MASTER_ADDR" not in os.environ:
-            raise RuntimeError(
+            raise ExactError(
                 "srun started several tasks: set MASTER_ADDR (and MASTER_PORT) to the first node's address"
             )
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
