@@ -10,12 +10,12 @@ export TORCH_COMPILE_DISABLE := 1
 export CUDA_DEVICE_MAX_CONNECTIONS := 1
 export MPLBACKEND := Agg
 
-.PHONY: demo setup test test-mcore-0.19 lint clean
+.PHONY: demo setup test test-mcore-0.19 test-upstream lint clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip
-	$(VENV)/bin/pip install --quiet -c constraints.txt torch  # first: another package's request would bring CUDA's 4 GB
+	$(VENV)/bin/pip install --quiet -c constraints.txt torch  # first: the version that is tested, before another package asks for any
 	$(VENV)/bin/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
@@ -38,6 +38,10 @@ $(VENV19)/.installed: setup.py
 
 test-mcore-0.19: $(VENV19)/.installed  ## the same tests on megatron-core 0.19.2, Python 3.12 (4.7 GB: it imports triton)
 	$(VENV19)/bin/python -m pytest -q --durations=10
+
+test-upstream: $(VENV)/.installed $(VENV19)/.installed  ## the real pretrain_gpt.py: make test-upstream MEGATRON_LM=/path/to/clone
+	MEGATRON_LM=$(MEGATRON_LM) $(VENV)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
+	MEGATRON_LM=$(MEGATRON_LM) $(VENV19)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

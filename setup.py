@@ -27,7 +27,8 @@ extras = {
     ],
 }
 extras["all"] = sorted({requirement for group in extras.values() for requirement in group})
-extras["dev"] = [*extras["all"], "pytest>=8", "hypothesis", "ruff>=0.6", "mypy>=1.11", "pre-commit"]
+# tqdm and pydantic: Megatron-LM's own, for `make test-upstream`.
+extras["dev"] = [*extras["all"], "tqdm", "pydantic", "pytest>=8", "hypothesis", "ruff>=0.6", "mypy>=1.11", "pre-commit"]
 
 setup(
     name="exact-megatron",

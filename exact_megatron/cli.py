@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 from . import __version__
-from .config import PREFIX, ExactConfig
+from .config import PREFIX, ExactConfig, ExactError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     _quiet_warnings()
     try:
         return args.run(args)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, ExactError) as error:
         if args.traceback:
             raise
         print(f"exact-megatron {args.command}: {error}", file=sys.stderr)
@@ -137,9 +137,11 @@ def run_census(args: argparse.Namespace) -> int:
 def run_train(args: argparse.Namespace) -> int:
     from .training.config import load_config
     from .training.launch import be_single_rank, is_rank, torchrun
+    from .training.vocabulary import read_vocabulary
 
     run = load_config(args.config, args.overrides)
     if not is_rank():
+        read_vocabulary(run)  # a bad input is one message here, and one a rank later
         if run.trainer.num_nodes > 1:
             raise ValueError(
                 f"trainer.num_nodes={run.trainer.num_nodes}: start the ranks with torchrun on every node or with srun, "
@@ -148,7 +150,8 @@ def run_train(args: argparse.Namespace) -> int:
         if run.trainer.devices > 1:
             config = ["--config", args.config] if args.config else []
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // run.trainer.devices)))
-            command = torchrun(run.trainer.devices, ["train", *config, *args.overrides])
+            traceback = ["--traceback"] if args.traceback else []
+            command = torchrun(run.trainer.devices, [*traceback, "train", *config, *args.overrides])
             os.execv(command[0], command)
         be_single_rank()
     import torch

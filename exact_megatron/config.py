@@ -159,5 +159,6 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     """Message for a key nobody knows, with the nearest known one."""
     known = list(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
+    section = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]] or known
+    hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(section))}"
     return f"unknown key {key}: {hint}"

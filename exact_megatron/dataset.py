@@ -181,7 +181,7 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
             ExactError: no loss function is hooked.
         """
         datasets = super().build()
-        _from_rank_0(lambda: [self._check_index(member) for member in members(datasets)])
+        _from_rank_0(lambda: self._check_indices(datasets))
         if self.exact.enabled:
             self.census = _from_rank_0(lambda: self._census(datasets[0]))
             self.table = WeightTable.from_census(self.census, self.exact)
@@ -192,21 +192,19 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
                 member.attach(self.table, self.loss)
         return datasets
 
-    def _check_index(self, member: ExactGPTDataset) -> None:
-        if not len(member):
-            return
-        if member.shuffle_index is None:  # defer_npy_index_mmap: loaded at the first query
-            member._query_document_sample_shuffle_indices(0)
-        partial = member.index_split.name == "valid" and not self.config.drop_last_partial_validation_sequence
-        starts = member.sample_index[:-1] if partial else member.sample_index
-        wrong = misplaced_sample(
-            member.document_index, starts, member.dataset.sequence_lengths, self.config.sequence_length
-        )
-        if wrong is not None:
-            raise ValueError(
-                f"Megatron's index caches of {member.dataset_path} were built from other data than what lies there now (sample {wrong} "
-                f"starts elsewhere): remove the caches ({self.config.path_to_cache or 'the folder cache beside the data'})"
-            )
+    def _check_indices(self, datasets: list[Any]) -> None:
+        for member in members(datasets):
+            if member.shuffle_index is None:  # defer_npy_index_mmap: loaded at the first query
+                member._query_document_sample_shuffle_indices(0)
+            partial = member.index_split.name == "valid" and not self.config.drop_last_partial_validation_sequence
+            starts = member.sample_index[:-1] if partial else member.sample_index
+            lengths = member.dataset.sequence_lengths
+            wrong = misplaced_sample(member.document_index, starts, lengths, self.config.sequence_length)
+            if wrong is not None:
+                raise ValueError(
+                    f"Megatron's index caches of {member.dataset_path} were built from other data than what lies there now (sample "
+                    f"{wrong} starts elsewhere): remove the caches ({self.config.path_to_cache or 'the folder cache beside the data'})"
+                )
 
     def _census(self, train: Any) -> ExposureCensus:
         if train is None:

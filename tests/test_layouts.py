@@ -7,6 +7,7 @@ import math
 import shutil
 
 import pytest
+import torch
 from ranks import launch
 from tiny import config_file, write_data
 
@@ -15,6 +16,7 @@ STEPS = 3
 TP2 = ["model.tensor_model_parallel_size=2"]
 SP = [*TP2, "model.sequence_parallel=true"]
 PP2 = ["model.pipeline_model_parallel_size=2"]
+PP4 = ["model.pipeline_model_parallel_size=4"]
 CP2 = ["model.context_parallel_size=2"]
 CP4 = ["model.context_parallel_size=4"]
 A2A = ["model.cp_comm_type=a2a"]
@@ -151,7 +153,17 @@ def results(tmp_path_factory):
                 },
                 {"name": "straight", "steps": 4, "overrides": [start, "trainer.devices=2", *TP2]},
                 {"name": "saved", "steps": 2, "save": True, "overrides": [start, "trainer.devices=2", *TP2]},
+                {
+                    "name": "saved_overlapping",
+                    "steps": 2,
+                    "save": True,
+                    "overrides": [start, "trainer.devices=2", *OVERLAP, "model.optim.bucket_cap_mb=1"],
+                },
             ]
+        if world == 4:
+            entries.append(
+                {"name": "fresh_pp4", "steps": 0, "save": True, "overrides": ["trainer.devices=4", *PP4, *PLAIN]}
+            )
         found.update(run(world, entries))
     for name in ("pp2", "one", "cp2"):
         shutil.copytree(folder / "runs" / "saved", folder / "runs" / f"resumed_{name}")
@@ -164,7 +176,18 @@ def results(tmp_path_factory):
             ],
         )
     )
-    found.update(run(1, [{"name": "resumed_one", "steps": 2, "overrides": []}]))
+    weights = [f"restore_from_path={folder}/runs/{name}" for name in ("saved", "saved_overlapping")]
+    found.update(
+        run(
+            1,
+            [
+                {"name": "resumed_one", "steps": 2, "overrides": []},
+                {"name": "from_saved", "steps": 1, "overrides": weights[:1]},
+                {"name": "from_saved_overlapping", "steps": 1, "overrides": weights[1:]},
+            ],
+        )
+    )
+    found["folder"] = folder
     return found
 
 
@@ -226,3 +249,19 @@ def test_schedules(results):
     assert rates == pytest.approx([0, 5e-3, 5e-3, 3e-3])
     cosine = [line["learning_rate"] for line in results["one_rank"][:STEPS]]
     assert cosine == pytest.approx([1e-3 + 4e-3 * 0.5 * (1 + math.cos(math.pi * t / 4)) for t in range(STEPS)])
+
+
+def test_overlapping_the_parameter_gather_saves_the_steps_own_weights(results):
+    assert_same(results["from_saved_overlapping"], results["from_saved"])
+
+
+def test_pipeline_stages_start_with_layers_of_their_own(results):
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    reader = FileSystemReader(str(results["folder"] / "runs/fresh_pp4/checkpoints/step_00000000"))
+    key = "decoder.layers.self_attention.linear_qkv.weight"
+    entry = reader.read_metadata().state_dict_metadata[key]
+    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
+    load(state, storage_reader=reader, no_dist=True)
+    layers = state[key]
+    assert len(layers) == 4 and all(not torch.equal(layers[i], layers[j]) for i in range(4) for j in range(i))

@@ -134,6 +134,7 @@ def test_distributed_ranks_stop_together(straight):
         "trainer.devices=2",
         "model.tensor_model_parallel_size=2",
         "model.optim.name=adam",
+        "model.data.num_workers=2",  # torchrun signals the loader's processes too
         "exp_manager.checkpoint_callback_params.every_n_train_steps=0",
     ]
     process = subprocess.Popen(
@@ -159,8 +160,10 @@ def test_distributed_ranks_stop_together(straight):
     [
         ("model.exact.alpha=0.25", r"alpha: checkpoint 0.5, now 0.25.*weights: checkpoint \w{16}, now \w{16}"),
         ("model.exact.enabled=false", r"enabled: checkpoint True, now False.*weights: checkpoint \w{16}, now None"),
-        ("model.seed=99", r"census: checkpoint \w{16}, now \w{16}"),
-        ("model.global_batch_size=4", r"model.global_batch_size=8, this run has 4"),
+        ("model.seed=99", "model.seed: checkpoint 1234, now 99"),
+        ("model.global_batch_size=4", "model.global_batch_size: checkpoint 8, now 4"),
+        ("model.rotary_base=77", "model.rotary_base: checkpoint 10000.0, now 77.0"),
+        ("trainer.max_steps=90", r"census: checkpoint \w{16}, now \w{16}.*trainer.max_steps went from 8 to 90"),
         ("exp_manager.resume_if_exists=false", "resume_if_exists=false: choose another"),
     ],
 )
@@ -181,3 +184,11 @@ def test_changed_weights_can_be_accepted(straight):
     output = train(config, run_dir, "model.exact.alpha=0.25", "model.exact.allow_changed_weights=true")
     assert "resumed from" in output
     assert [line["step"] for line in metrics(run_dir)] == list(range(1, STEPS + 1))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(straight):
+    folder, config, *_ = straight
+    run_dir = folder / "diverged"
+    done = subprocess.run(command(config, run_dir, "model.optim.lr=1e30"), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "of step 2 is nan: the run ends here" in done.stderr, done.stderr[-2000:]
+    assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step_00000001"]

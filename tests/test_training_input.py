@@ -76,6 +76,10 @@ def folder(tmp_path_factory):
         (["model.optim.sched.warmup_steps=9"], "warmup_steps=9 must be below trainer.max_steps=4"),
         (["model.optim.sched.name=WSD"], "WSD schedule needs model.optim.sched.wsd_decay_steps in 1..4, not 0"),
         (["model.data.data_prefix=[]"], "data_prefix is empty"),
+        (["model.optim.sched.min_lr=1"], "min_lr=1.0 is above model.optim.lr=0.005"),
+        (["model.data.splits_string=abc"], "splits_string='abc' is not up to three shares"),
+        (["model.kv_channels=0"], "model.kv_channels=0 must be at least 1"),
+        (["model.data.data_prefix={train:[/x]}"], "is not YAML"),
     ],
 )
 def test_settings_are_refused_before_anything_starts(folder, overrides, message):
@@ -106,6 +110,24 @@ def test_mean_of_means_under_context_parallelism_where_all_ranks_supervise_alike
     assert not load_config(folder / "tiny.yaml", [*cp, "model.calculate_per_token_loss=false"]).model.data.eod_mask_loss
 
 
+def test_negative_ids_and_empty_documents_are_refused(folder, tmp_path):
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from exact_megatron.training.vocabulary import read_vocabulary
+
+    for name, documents, message in (
+        ("negative", [[3, -7, 0]] * 20, "holds token id -7, the vocabulary has 0..95"),
+        ("empty", [[3, 5, 0], []] * 20, "has 20 empty documents"),
+    ):
+        builder = IndexedDatasetBuilder(str(tmp_path / name) + ".bin", dtype=np.int32)
+        for tokens in documents:
+            builder.add_document(torch.tensor(tokens, dtype=torch.long), [len(tokens)])
+        builder.finalize(str(tmp_path / name) + ".idx")
+        with pytest.raises(ValueError, match=message):
+            read_vocabulary(load_config(folder / "tiny.yaml", [f"model.data.data_prefix=[{tmp_path / name}]"]))
+
+
 def test_a_missing_file_and_a_typo_in_it(folder, tmp_path):
     with pytest.raises(FileNotFoundError):
         load_config(tmp_path / "none.yaml")
@@ -123,16 +145,27 @@ def test_unmasked_documents_can_be_asked_for(folder):
 
 
 def test_data_that_do_not_fit_are_refused(folder, tmp_path):
-    from exact_megatron.training.data import read_vocabulary
+    from exact_megatron.training.vocabulary import read_vocabulary
 
     def refused(error, message, *overrides):
         with pytest.raises(error, match=message):
             read_vocabulary(load_config(folder / "tiny.yaml", list(overrides)))
 
-    refused(ValueError, r"holds token id \d+, the vocabulary has 50", "model.override_vocab_size=50")
+    refused(ValueError, r"holds token id \d+, the vocabulary has 0..49", "model.override_vocab_size=50")
     refused(FileNotFoundError, "nowhere.idx does not exist", "model.data.data_prefix=[nowhere]")
     refused(ValueError, "set model.override_vocab_size and model.data.eod_id", "model.override_vocab_size=null")
     refused(ValueError, "has splits train, validation, test, not 'valid'", "model.data.data_prefix={valid: [x]}")
+    both = "model.data.data_prefix={train: nowhere, validation: x}"
+    refused(FileNotFoundError, "nowhere.idx does not exist", both)
+    refused(ValueError, "no train: name the training data", "model.data.data_prefix={validation: x}")
+    unseen = ["model.data.data_prefix={train: x}", "trainer.limit_val_batches=1"]
+    refused(ValueError, "limit_val_batches=1 asks for validation", *unseen)
+    refused(ValueError, r"give the common prefix of .bin and .idx, x$", "model.data.data_prefix=[x.bin]")
+    refused(ValueError, "each must be above 0", "model.data.data_prefix=[0, a, 0, b]")
+    refused(ValueError, "eod_id=5000 is not in the vocabulary of 96", "model.data.eod_id=5000")
+    refused(ValueError, "do not end in model.data.eod_id=50", "model.data.eod_id=50")
+    (folder / "x.json").write_text('{"vocab_size"')
+    refused(ValueError, r"x.json does not give vocab_size and eod_id")
     described = folder / "x.json"
     described.write_text(json.dumps({"vocab_size": 100, "eod_id": 0}))
     try:
@@ -162,8 +195,11 @@ def test_a_batch_with_a_foreign_token_is_refused():
     from exact_megatron.training.data import Collate
 
     sample = {k: torch.tensor([1, 2, 300]) for k in ("tokens", "labels", "loss_mask", "position_ids")}
-    with pytest.raises(ValueError, match="token id 300, the vocabulary has 300"):
+    with pytest.raises(ValueError, match="token id 300, the vocabulary has 0..299"):
         Collate(300, 3)([sample])
+    sample["tokens"][2] = -7
+    with pytest.raises(ValueError, match="token id -7, the vocabulary has 0..300"):
+        Collate(301, 3)([sample])
 
 
 def test_boundaries_of_a_micro_batch_are_flattened():

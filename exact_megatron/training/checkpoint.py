@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from omegaconf import OmegaConf
 
 from ..config import ExactConfig
 from .config import RunConfig
@@ -66,18 +67,25 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it saved
         partial.mkdir(parents=True)
     torch.distributed.barrier()
+    gathered_later = [chunk for chunk in model if chunk.ddp_config.overlap_param_gather]
+    for chunk in gathered_later:  # the step's new parameters are still to be gathered, by the next forward
+        chunk.disable_forward_pre_hook(param_sync=True)
     sharded = _model_state(model)
     sharded["optimizer"] = optimizer.sharded_state_dict(sharded, metadata=dict(_SHARDING))
     sharded["scheduler"] = scheduler.state_dict()
     sharded["state"] = state
     dist_checkpointing.save(sharded, str(partial), content_metadata=dict(_SHARDING))
+    for chunk in gathered_later:
+        chunk.enable_forward_pre_hook()
     torch.distributed.barrier()
     if first:
         shutil.rmtree(final, ignore_errors=True)  # the same step, saved by a run that was then told to start over
         partial.rename(final)
         if keep > 0:
-            for old in checkpoints(run_dir)[:-keep]:
-                shutil.rmtree(old)
+            for old in checkpoints(run_dir)[
+                :-keep
+            ]:  # renamed first: a kill must not leave half of one that looks whole
+                shutil.rmtree(old.rename(old.with_name(old.name + ".partial")))
     torch.distributed.barrier()
     return final
 
@@ -96,34 +104,57 @@ def load(path: Path, model: list[Any], optimizer: Any = None, scheduler: Any = N
     return loaded["state"]
 
 
+# What may be another after a resume: where and how long the run trains, its layout and the optimizer's schedule.
+_FREE = re.compile(
+    r"trainer\.|exp_manager\.|restore_from_path|model\.(optim|exact)\.|model\.data\.(num_workers|index_mapping_dir)|model\."
+    r"(micro_batch_size|tensor_|pipeline_|virtual_|context_|sequence_parallel|overlap_p2p|batch_p2p|cp_comm|activations_|fp8"
+    r"|transformer_engine|deterministic|calculate_per)"
+)
+
+
 def refuse_changed_run(state: dict[str, Any], now: dict[str, Any], run: RunConfig) -> None:
     """Compare what a checkpoint was trained with to what the run would go on with.
 
     Raises:
-        ValueError: other data, window or batch size; or other EXACT settings or another census, unless
+        ValueError: other data, seed, window, batch size or model; or other EXACT settings or another census, unless
             model.exact.allow_changed_weights.
     """
-    for key, name in (("global_batch_size", "model.global_batch_size"), ("seq_length", "model.data.seq_length")):
-        if state[key] != now[key]:
-            raise ValueError(
-                f"the checkpoint was trained with {name}={state[key]}, this run has {now[key]}: the order of the data would change. "
-                "Start a new stage from its weights with restore_from_path instead"
-            )
+    before, after = (flatten(OmegaConf.to_container(OmegaConf.create(s["config"]))) for s in (state, now))
+    changed = {k: (before.get(k), v) for k, v in after.items() if before.get(k) != v and not _FREE.match(k)}
+    if changed:
+        raise ValueError(
+            f"the checkpoint was trained with other settings ({_listed(changed)}): the data would come in another order, or the "
+            "model would be another. Put them back, or start a new stage from its weights with restore_from_path"
+        )
     changed = {
         key: (state["exact"].get(key), value)
         for key, value in now["exact"].items()
         if key not in ("log_buckets", "allow_changed_weights", "allow_unmasked_documents")
         and state["exact"].get(key) != value
     }
-    for key in ("census", "weights"):
-        if state[key] != now[key]:
-            changed[key] = (state[key], now[key])
+    changed.update({key: (state[key], now[key]) for key in ("census", "weights") if state[key] != now[key]})
     if changed and not run.model.exact.allow_changed_weights:
-        listed = ", ".join(f"{key}: checkpoint {old}, now {new}" for key, (old, new) in changed.items())
-        raise ValueError(
-            f"the checkpoint was trained with other EXACT weights ({listed}). Put the settings or the data back, or accept the "
-            "change with model.exact.allow_changed_weights=true"
+        steps = (before["trainer.max_steps"], after["trainer.max_steps"])
+        longer = (
+            f" trainer.max_steps went from {steps[0]} to {steps[1]}, so that other samples are packed."
+            if steps[0] != steps[1]
+            else ""
         )
+        raise ValueError(
+            f"the checkpoint was trained with other EXACT weights ({_listed(changed)}).{longer} Put the settings or the data back, or "
+            "accept the change with model.exact.allow_changed_weights=true"
+        )
+
+
+def _listed(changed: dict[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f"{key}: checkpoint {old}, now {new}" for key, (old, new) in changed.items())
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"model.seed": 1234, ...} of a nested mapping; lists are values."""
+    if not isinstance(config, dict) or prefix == "model.data.data_prefix.":
+        return {prefix[:-1]: config}
+    return {key: value for name, child in config.items() for key, value in flatten(child, f"{prefix}{name}.").items()}
 
 
 def describe(run: RunConfig, step: int, census: str | None, weights: str | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from ..config import ExactConfig, unknown_key
 
@@ -187,15 +188,19 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
             raise ValueError(f"expected key=value, got {override!r}")
     try:
         given = OmegaConf.load(path) if path is not None else OmegaConf.create()
-        assert isinstance(given, DictConfig)
+        if not isinstance(given, DictConfig):
+            raise ValueError(f"{path} holds a list, not keys and values")
         for override in overrides:
             key = override.partition("=")[0]
             value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
             OmegaConf.update(given, key, value, merge=False)  # a list or mapping replaces the file's
         for key in _keys(given):
             if key not in known:
-                raise ValueError(unknown_key(str(key), known))
+                leaves = [k for k in known if not any(other.startswith(k + ".") for other in known)]
+                raise ValueError(unknown_key(str(key), leaves))
         config = OmegaConf.to_object(OmegaConf.merge(schema, given))
+    except YAMLError as error:
+        raise ValueError(f"{path} or an override is not YAML: {' '.join(str(error).split())}") from error
     except ConfigKeyError as error:
         raise ValueError(f"{path}: {error}") from error
     except OmegaConfBaseException as error:
@@ -255,6 +260,10 @@ def check(config: RunConfig) -> None:
         ("model.pipeline_model_parallel_size", m.pipeline_model_parallel_size),
         ("model.context_parallel_size", m.context_parallel_size),
         ("model.num_layers", m.num_layers),
+        ("model.hidden_size", m.hidden_size),
+        ("model.num_attention_heads", m.num_attention_heads),
+        ("model.num_query_groups", m.num_query_groups or 1),
+        ("model.kv_channels", 1 if m.kv_channels is None else m.kv_channels),
         ("model.data.seq_length", data.seq_length),
     ):
         if value < 1:
@@ -346,14 +355,27 @@ def check(config: RunConfig) -> None:
         refuse(
             f"a WSD schedule needs model.optim.sched.wsd_decay_steps in 1..{t.max_steps}, not {m.optim.sched.wsd_decay_steps}"
         )
+    if m.optim.sched.min_lr > m.optim.lr:
+        refuse(f"model.optim.sched.min_lr={m.optim.sched.min_lr} is above model.optim.lr={m.optim.lr}")
+    if not re.fullmatch(r"\s*[0-9.]+(\s*[,/]\s*[0-9.]+){0,2}\s*", data.splits_string):
+        refuse(f"model.data.splits_string={data.splits_string!r} is not up to three shares, for example 99,1,0")
     if not data.data_prefix:
         refuse("model.data.data_prefix is empty: give the prefix of a .bin/.idx pair (see `exact-megatron prepare`)")
 
 
-def parse_blend(entries: list[Any]) -> tuple[list[str], list[float] | None]:
-    """Read [prefix, ...] or [weight, prefix, weight, prefix, ...] as NeMo and Megatron-LM do."""
-    entries = [str(e) for e in entries]
+def parse_blend(entries: Any) -> tuple[list[str], list[float] | None]:
+    """Read PREFIX, [prefix, ...] or [weight, prefix, weight, prefix, ...] as NeMo and Megatron-LM do.
+
+    Raises:
+        ValueError: a weight that is not above 0.
+    """
+    entries = [str(e) for e in (entries if isinstance(entries, list) else [entries])]
     number = re.compile(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?$")
     if len(entries) > 1 and len(entries) % 2 == 0 and all(number.match(e) for e in entries[::2]):
-        return entries[1::2], [float(e) for e in entries[::2]]
+        weights = [float(e) for e in entries[::2]]
+        if min(weights) <= 0:
+            raise ValueError(
+                f"model.data.data_prefix gives {entries[1::2]} the weights {weights}: each must be above 0"
+            )
+        return entries[1::2], weights
     return entries, None

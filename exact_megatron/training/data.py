@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,79 +18,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ..attention import document_boundaries
 from ..dataset import ExactDatasetBuilder
 from ..loss import ExactLoss
-from ..packing import read_index
-from .config import RunConfig, parse_blend
-
-SCANNED_TOKENS = 1 << 28  # tokens of each file that are read before training to check them against the vocabulary
-
-
-@dataclass
-class Vocabulary:
-    """What GPTDataset asks of a tokenizer."""
-
-    vocab_size: int
-    eod: int
-    pad: int = -1
-
-    @property
-    def unique_identifiers(self) -> dict[str, Any]:
-        return {"class": "Vocabulary", "vocab_size": self.vocab_size, "eod": self.eod}
-
-    @property
-    def special_tokens_dict(self) -> dict[str, int]:
-        return {"eod": self.eod}
-
-
-def data_prefixes(run: RunConfig) -> dict[str, tuple[list[str], list[float] | None] | None]:
-    """Blends by split, or under "all" the one that splits_string divides."""
-    given = run.model.data.data_prefix
-    if not isinstance(given, dict):
-        return {"all": parse_blend(given if isinstance(given, list) else [given])}
-    names = ("train", "validation", "test")
-    for name in given:
-        if name not in names:
-            raise ValueError(f"model.data.data_prefix has splits {', '.join(names)}, not {name!r}")
-    return {name: parse_blend(given[name]) if given.get(name) else None for name in names}
-
-
-def read_vocabulary(run: RunConfig) -> Vocabulary:
-    """Check every .bin/.idx pair and take vocabulary size and EOD from the configuration or from PREFIX.json.
-
-    Raises:
-        FileNotFoundError, ValueError: see packing.read_index; also for members with different vocabularies, for a size that
-            nobody gives, and for token ids beyond the vocabulary.
-    """
-    data = run.model.data
-    size, eod = run.model.override_vocab_size, data.eod_id
-    prefixes = sorted({p for blend in data_prefixes(run).values() if blend for p in blend[0]})
-    indices = [read_index(p) for p in prefixes]
-    for prefix in prefixes:
-        described = Path(prefix + ".json")
-        if not described.is_file():
-            continue
-        facts = json.loads(described.read_text())
-        for key, mine, theirs in (
-            ("model.override_vocab_size", size, facts["vocab_size"]),
-            ("model.data.eod_id", eod, facts["eod_id"]),
-        ):
-            if mine is not None and mine != theirs:
-                raise ValueError(f"{described} says {theirs} where {key} or another member of the blend says {mine}")
-        size, eod = facts["vocab_size"], facts["eod_id"]
-    if size is None or eod is None:
-        raise ValueError(
-            f"the vocabulary of {prefixes[0]} is not known, since there is no {prefixes[0]}.json: set "
-            "model.override_vocab_size and model.data.eod_id, or prepare the data with `exact-megatron prepare`"
-        )
-    for index in indices:
-        tokens = np.memmap(index.prefix + ".bin", dtype=index.dtype, mode="r")
-        step = max(1, -(-len(tokens) // SCANNED_TOKENS))
-        largest = max(int(tokens[i : i + (1 << 20)].max()) for i in range(0, len(tokens), step << 20))
-        if largest >= size:
-            raise ValueError(
-                f"{index.prefix}.bin holds token id {largest}, the vocabulary has {size}: it was made with another tokenizer, or "
-                "model.override_vocab_size is too small"
-            )
-    return Vocabulary(size, eod)
+from .config import RunConfig
+from .vocabulary import Vocabulary, data_prefixes
 
 
 def build_datasets(run: RunConfig, vocabulary: Vocabulary, loss: ExactLoss) -> tuple[list[Any], ExactDatasetBuilder]:
@@ -151,7 +79,7 @@ class Collate:
     """Micro-batch of samples: tensors [b, s], and `boundaries` int32, the documents' boundaries over the flattened batch.
 
     Raises:
-        ValueError: a token id beyond the vocabulary.
+        ValueError: a token id outside the vocabulary.
     """
 
     vocab_size: int
@@ -161,9 +89,10 @@ class Collate:
         boundaries = [np.unique(s.pop("cu_seqlens").numpy()) for s in samples if "cu_seqlens" in s]
         batch = default_collate([{k: s[k] for k in ("tokens", "labels", "loss_mask", "position_ids")} for s in samples])
         for key in ("tokens", "labels"):
-            largest = int(batch[key].max())
-            if largest >= self.vocab_size:
-                raise ValueError(f"a sample holds token id {largest}, the vocabulary has {self.vocab_size}")
+            least, largest = int(batch[key].min()), int(batch[key].max())
+            if least < 0 or largest >= self.vocab_size:
+                strange = largest if largest >= self.vocab_size else least
+                raise ValueError(f"a sample holds token id {strange}, the vocabulary has 0..{self.vocab_size - 1}")
         if boundaries:
             shifted = [cu[:-1] + i * self.seq_length for i, cu in enumerate(boundaries)]
             end = np.array([len(samples) * self.seq_length])
@@ -183,9 +112,17 @@ def build_loader(run: RunConfig, dataset: Dataset[Any], vocabulary: Vocabulary, 
         collate_fn=Collate(vocabulary.vocab_size, data.seq_length),
         persistent_workers=data.num_workers > 0,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_stop_signals,
     )
 
 
+def _ignore_stop_signals(worker: int) -> None:
+    """torchrun and srun signal loader processes too; the rank stops them itself, after its checkpoint."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _CP_ARGUMENTS = (
     {"is_hybrid_cp": False} if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters else {}
 )

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..attention import DocumentAttention, check_supported
 from .config import RunConfig
+from .torch_adam import restore_torch_adam_steps
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -182,10 +183,7 @@ def build_model(run: RunConfig, vocab_size: int, device: torch.device) -> list[D
         use_distributed_optimizer=m.optim.distributed,
         bucket_size=m.optim.bucket_cap_mb * 2**20 // 4 if m.optim.bucket_cap_mb else None,
     )
-    return [
-        DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0 or m.optim.overlap_param_sync)
-        for i, chunk in enumerate(chunks)
-    ]
+    return [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
 
 
 def build_optimizer(run: RunConfig, model: list[DistributedDataParallel]) -> tuple[Any, OptimizerParamScheduler]:
@@ -208,6 +206,7 @@ def build_optimizer(run: RunConfig, model: list[DistributedDataParallel]) -> tup
         ),
         model,  # type: ignore[arg-type]
     )
+    restore_torch_adam_steps()
     style = {"CosineAnnealing": "cosine", "WSD": "WSD", "constant": "constant"}[optim.sched.name]
     scheduler = OptimizerParamScheduler(
         optimizer,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -22,15 +21,15 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from rich.console import Console
 
 from ..allocation import WeightTable
-from ..config import ExactConfig
+from ..config import ExactConfig, ExactError
 from ..dataset import members
 from ..loss import ExactLoss, gpt_loss
 from . import checkpoint
 from .config import RunConfig
-from .data import build_datasets, build_loader, get_batch, read_vocabulary
+from .data import STOP_SIGNALS, build_datasets, build_loader, get_batch
 from .model import build_model, build_optimizer
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from .runlog import RunLog
+from .vocabulary import read_vocabulary
 
 
 def init_distributed(run: RunConfig) -> torch.device:
@@ -61,12 +60,18 @@ def init_distributed(run: RunConfig) -> torch.device:
         virtual_pipeline_model_parallel_size=m.virtual_pipeline_model_parallel_size,
         context_parallel_size=m.context_parallel_size,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(m.seed)
-    torch.manual_seed(m.seed)
+    _seed(m.seed)
     init_num_microbatches_calculator(
         torch.distributed.get_rank(), None, m.global_batch_size, m.micro_batch_size, run.data_parallel_size
     )
     return device
+
+
+def _seed(seed: int) -> None:
+    """As Megatron-LM: other numbers on every pipeline stage, so that their layers do not start alike."""
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
 
 
 def shutdown() -> None:
@@ -90,7 +95,7 @@ class Trainer:
         self.is_first = torch.distributed.get_rank() == 0
         self.console = Console(stderr=True, quiet=not (self.is_first and progress))
         self.run_dir = Path(run.exp_manager.exp_dir)
-        self.vocabulary = read_vocabulary(run)
+        self.vocabulary = read_vocabulary(run, scan=self.is_first)
 
         self.loss = ExactLoss(run.model.exact)
         self.loss_func = self.loss.wrap(gpt_loss) if run.model.exact.enabled else gpt_loss
@@ -190,10 +195,14 @@ class Trainer:
         return result
 
     def train_step(self, loader: Iterator[Any]) -> dict[str, Any]:
-        """One optimizer step; returns the line for metrics.jsonl."""
+        """One optimizer step; returns the line for metrics.jsonl.
+
+        Raises:
+            ExactError: the loss or the gradient is not finite, before anything is saved.
+        """
         m = self.run.model
         if m.hidden_dropout or m.attention_dropout:  # a resumed run draws the same masks
-            tensor_parallel.model_parallel_cuda_manual_seed(m.seed + self.step)
+            _seed(m.seed + self.step)
         for chunk in self.model:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -201,9 +210,9 @@ class Trainer:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         started = time.perf_counter()
         report = self._run_schedule(loader, self.loss_func, forward_only=False)
-        successful, grad_norm, _ = self.optimizer.step()
-        if not successful:
-            raise FloatingPointError(f"the gradient of step {self.step + 1} is not finite")
+        _refuse_not_finite("loss", report["lm loss"], self.step + 1)
+        _, grad_norm, _ = self.optimizer.step()
+        _refuse_not_finite("gradient's norm", grad_norm, self.step + 1)
         self.scheduler.step(1)  # after the step, as in Megatron-LM: the first step of a warm-up has a rate of 0
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -285,85 +294,15 @@ class Trainer:
         self._signalled = True
 
 
+def _refuse_not_finite(what: str, value: float | None, step: int) -> None:
+    if value is not None and not math.isfinite(value):
+        raise ExactError(
+            f"the {what} of step {step} is {value}: the run ends here, the last checkpoint is from before. Lower the learning rate or "
+            "look at the data"
+        )
+
+
 def _buckets(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     prefix = "lm loss "
     names = [n for n in report if n.startswith(prefix) and f"{n} targets" in report]
     return {n.removeprefix(prefix): {"loss": report[n], "targets": report[f"{n} targets"]} for n in names}
-
-
-class RunLog:
-    """metrics.jsonl, validation.jsonl, TensorBoard and the terminal, on the first rank."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.console = trainer.console
-        run_dir = trainer.run_dir
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(trainer.run.to_yaml())
-        self.metrics = _truncated(run_dir / "metrics.jsonl", trainer.step)
-        self.validations = _truncated(run_dir / "validation.jsonl", trainer.step)
-        self.board = None
-        if trainer.run.exp_manager.create_tensorboard_logger:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=trainer.step + 1)
-        if trainer.table is not None:
-            census = trainer.builder.census
-            assert census is not None
-            (run_dir / "weights.json").write_text(
-                json.dumps(
-                    {"census": census.digest, "digest": trainer.table.digest, "buckets": trainer.table.rows()}, indent=1
-                )
-            )
-        self.started, self.first = time.monotonic(), trainer.step
-
-    def step(self, line: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps(line) + "\n")
-        self.metrics.flush()
-        if self.board:
-            for name in ("lm_loss", "exact_loss", "grad_norm", "learning_rate", "tokens_per_s"):
-                if line[name] is not None:
-                    self.board.add_scalar(name, line[name], line["step"])
-            for name, bucket in line["buckets"].items():
-                if bucket["targets"]:
-                    self.board.add_scalar(f"bucket_loss/{name}", bucket["loss"], line["step"])
-        run = self.trainer.run.trainer
-        if line["step"] % run.log_every_n_steps == 0 or line["step"] == run.max_steps:
-            rest = (time.monotonic() - self.started) / (line["step"] - self.first) * (run.max_steps - line["step"])
-            exact = f"  exact {line['exact_loss']:.4f}" if self.trainer.table is not None else ""
-            self.message(
-                f"step {line['step']:>6}/{run.max_steps}  lm loss {line['lm_loss']:.4f}{exact}  "
-                f"grad norm {line['grad_norm'] or 0:.3f}  "
-                f"lr {line['learning_rate']:.2e}  {line['tokens_per_s']:,.0f} tokens/s  {rest:,.0f} s left"
-            )
-
-    def validation(self, result: dict[str, Any]) -> None:
-        self.validations.write(json.dumps(result) + "\n")
-        self.validations.flush()
-        if self.board:
-            self.board.add_scalar("validation_loss", result["validation_loss"], result["step"])
-        self.message(f"validation after step {result['step']}: lm loss {result['validation_loss']:.4f}")
-
-    def message(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        self.metrics.close()
-        self.validations.close()
-        if self.board:
-            self.board.close()
-        sys.stderr.flush()
-
-
-def _truncated(path: Path, step: int) -> Any:
-    """Open for appending, without the lines after `step` that a killed run wrote behind its last checkpoint."""
-    kept = []
-    if path.is_file():
-        for text in path.read_text().splitlines():
-            try:
-                if json.loads(text)["step"] <= step:
-                    kept.append(text)
-            except json.JSONDecodeError:  # cut off by a kill
-                break
-    path.write_text("".join(line + "\n" for line in kept))
-    return path.open("a")

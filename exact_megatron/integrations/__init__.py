@@ -1,0 +1,7 @@
+"""EXACT inside other trainers. Each host's module is thin: it wires dataset, loss and attention into the host.
+
+* settings: `model.exact.*`, --exact-* flags, EXACT_* and --exact-config, taken out before the host parses anything.
+* hooks: replacing parts of a host while it trains.
+* documents: DocumentAttention in a host's model, and the boundaries on every rank of every stage.
+* megatron_lm: Megatron-LM's pretrain_gpt.py; megatron_lm_plan: what of its arguments is refused, who masks documents.
+"""

@@ -1,0 +1,263 @@
+"""Megatron-LM: hooks EXACT into `megatron.training.pretrain` and the script that calls it, whose file stays as it is.
+
+What is replaced while `pretrain` runs, and given back when it returns (paths in Megatron-LM):
+
+    pretrain_gpt.py: loss_func                       ExactLoss.wrap of it
+    pretrain_gpt.py: BlendedMegatronDatasetBuilder   ExactDatasetBuilder
+    pretrain_gpt.py: forward_step                    the same, with documents' boundaries for the model
+    megatron/core/models/gpt/gpt_model.py: GPTModel  the same, with DocumentAttention, if EXACT masks the documents
+    megatron/training/checkpointing.py: check_checkpoint_args   also compares the weights
+
+What EXACT would weight wrongly is refused on every rank before the first step, see megatron_lm_plan.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from ..allocation import WeightTable
+from ..config import ExactConfig, ExactError
+from ..dataset import ExactDatasetBuilder, members
+from ..loss import ExactLoss
+from .documents import check_masked, feed_documents, masking_documents
+from .hooks import file_of, replaced, script_global
+from .megatron_lm_plan import OWN, core_version, plan_masking, refusals
+from .settings import take_settings
+
+logger = logging.getLogger(__name__)
+
+
+def from_command_line(pretrain: Callable[..., Any]) -> Callable[..., Any]:
+    """For scripts that were patched (patches/): take EXACT's settings out of sys.argv and hook `pretrain` if they enable it.
+
+    Call it before Megatron-LM parses its arguments.
+    """
+    config, sys.argv[1:] = take_settings(sys.argv[1:], os.environ)
+    return MegatronLM(config).hook(pretrain) if config.enabled else pretrain
+
+
+class MegatronLM:
+    """EXACT in one Megatron-LM process.
+
+    Attributes:
+        hooked: whether the script's `pretrain` was called and its parts replaced.
+        weighted: whether weighted data were built.
+        masked: whether a GPTModel with DocumentAttention was built.
+    """
+
+    def __init__(self, config: ExactConfig) -> None:
+        self.config = config
+        self.loss = ExactLoss(config)
+        self.hooked = False
+        self.weighted = False
+        self.masked = False
+        self.where = ""
+        self._plan: tuple[str, str] | None = None
+        self._resumed: dict[str, Any] | None = None
+
+    def hook(self, pretrain: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `megatron.training.pretrain`, hooked.
+
+        Raises:
+            ExactError: it is hooked already, or has another shape than it had from core 0.13 on.
+        """
+        if getattr(pretrain, "exact", None) is not None:
+            raise ExactError(
+                "megatron.training.pretrain is hooked by EXACT already: use the launcher or a patch, not both"
+            )
+        signature = inspect.signature(pretrain)
+        for name in ("train_valid_test_dataset_provider", "forward_step_func"):
+            if name not in signature.parameters:
+                raise ExactError(
+                    f"megatron.training.pretrain takes no {name}: this Megatron-LM is not one that EXACT knows"
+                )
+
+        @functools.wraps(pretrain)
+        def hooked(*args: Any, **kwargs: Any) -> Any:
+            call = signature.bind(*args, **kwargs)
+            with ExitStack() as stack:
+                step = self._replace(stack, call.arguments["train_valid_test_dataset_provider"],
+                                     call.arguments["forward_step_func"])  # fmt: skip
+                call.arguments["forward_step_func"] = step
+                return pretrain(*call.args, **call.kwargs)
+
+        hooked.exact = self  # type: ignore[attr-defined]
+        return hooked
+
+    def _replace(self, stack: ExitStack, provider: Any, forward_step: Any) -> Callable[..., Any]:
+        import megatron.core
+        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+        from megatron.core.models.gpt.gpt_model import GPTModel
+        from megatron.training import checkpointing
+
+        if core_version() < (0, 13):
+            raise ExactError(
+                f"Megatron-LM with core {megatron.core.__version__}: its loss_func reduces what it reports, which the hook does not "
+                "follow. Use core 0.13 or later"
+            )
+        loss_func = script_global(forward_step, "loss_func")
+        builder = script_global(provider, "BlendedMegatronDatasetBuilder")
+        if builder is not BlendedMegatronDatasetBuilder:
+            raise ExactError(
+                f"BlendedMegatronDatasetBuilder in {file_of(provider)} is {builder!r}: not Megatron's, or hooked already"
+            )
+        parameters = list(inspect.signature(loss_func).parameters)
+        if parameters[:2] != ["loss_mask", "output_tensor"]:
+            raise ExactError(
+                f"loss_func in {file_of(loss_func)} takes {parameters}, not (loss_mask, output_tensor, ...)"
+            )
+        weighted = self.loss.wrap(loss_func)
+        build_model, check = GPTModel.__init__, checkpointing.check_checkpoint_args
+        fed: list[Callable[..., Any]] = []
+
+        @functools.wraps(build_model)
+        def built(model: Any, *args: Any, **kwargs: Any) -> None:
+            if self.plan()[0] != OWN:
+                return build_model(model, *args, **kwargs)
+            with masking_documents():
+                build_model(model, *args, **kwargs)
+            check_masked(model, _arguments().seq_length)
+            self.masked = True
+
+        @functools.wraps(check)
+        def compared(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
+            self._resumed = getattr(checkpoint_args, "exact", None)
+            return check(checkpoint_args, *args, **kwargs)
+
+        @functools.wraps(forward_step)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if not self.weighted:
+                raise ExactError("training is about to start on data that EXACT did not weight")
+            if not fed:
+                fed.append(self._feeding(forward_step))
+            return fed[0](*args, **kwargs)
+
+        for owner, name, new in (
+            (inspect.unwrap(forward_step).__globals__, "loss_func", weighted),
+            (inspect.unwrap(provider).__globals__, "BlendedMegatronDatasetBuilder", functools.partial(_Builder, self)),
+            (GPTModel, "__init__", built),
+            (checkpointing, "check_checkpoint_args", compared),
+        ):
+            stack.enter_context(replaced(owner, name, new))
+        self.where = file_of(loss_func)
+        self.hooked = True
+        return step
+
+    def plan(self) -> tuple[str, str]:
+        """(who masks the documents, one line that says so), decided once, when Megatron-LM has parsed its arguments.
+
+        Raises:
+            ValueError: the run is refused; every reason, one a line.
+        """
+        if self._plan is None:
+            args = _arguments()
+            reasons = refusals(args, self.config)
+            if reasons:
+                raise ValueError("EXACT refuses this run:\n  " + "\n  ".join(reasons))
+            self._plan = plan_masking(args, self.config)
+            if self._plan[0] == OWN:  # get_batch sizes its broadcasts by these
+                args.create_attention_mask_in_dataloader = args.reset_attention_mask = False
+                if hasattr(args, "dataloader_inter_document_masking"):
+                    args.dataloader_inter_document_masking = False
+        return self._plan
+
+    def _feeding(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
+        if self.plan()[0] != OWN:
+            return forward_step
+        if not self.masked:
+            raise ExactError(
+                "documents were to be masked, but no GPTModel was built: EXACT masks documents in GPTModel only. Accept unmasked "
+                "documents with model.exact.allow_unmasked_documents=true and without --reset-attention-mask"
+            )
+        return feed_documents(forward_step, _arguments().seq_length)
+
+    def built(self, builder: ExactDatasetBuilder) -> None:
+        """Called with the builder when the data are built: compare with the checkpoint, and say once what is hooked."""
+        assert builder.table is not None and builder.census is not None
+        args, table = _arguments(), builder.table
+        mine = {**self.config.to_dict(), "table": table.digest, "census": builder.census.digest}
+        self._compare(mine)
+        args.exact = mine  # Megatron-LM stores its arguments in every checkpoint
+        if not self.weighted and int(os.environ.get("RANK", 0)) == 0:
+            print("\n".join(["EXACT", *self._summary(table, builder)]), flush=True)
+        self.weighted = True
+
+    def _compare(self, mine: dict[str, Any]) -> None:
+        before = self._resumed
+        if before is None or before["table"] == mine["table"] and before["census"] == mine["census"]:
+            return
+        changed = [
+            f"{key}: {before.get(key)} in the checkpoint, now {mine[key]}"
+            for key in mine
+            if before.get(key) != mine[key]
+        ]
+        if not self.config.allow_changed_weights:
+            raise ValueError(
+                "the checkpoint was trained with other weights:\n  "
+                + "\n  ".join(changed)
+                + "\nUse the settings and data of the "
+                "checkpoint, start anew with --finetune, or accept it with model.exact.allow_changed_weights=true"
+            )
+        logger.warning("resumed with other weights: %s", "; ".join(changed))
+
+    def _summary(self, table: WeightTable, builder: ExactDatasetBuilder) -> list[str]:
+        args = _arguments()
+        lines = [
+            f"hooked      loss_func, forward_step and BlendedMegatronDatasetBuilder of {self.where}",
+            f"masking     {self.plan()[1]}",
+            *table_lines(table),
+        ]
+        if getattr(args, "eod_mask_loss", False) and not getattr(args, "calculate_per_token_loss", False):
+            lines.append(
+                "note        --eod-mask-loss without --calculate-per-token-loss averages over micro-batches, not targets"
+            )
+        return [f"  {line}" for line in lines]
+
+
+class _Builder(ExactDatasetBuilder):
+    """What the script's provider calls in place of BlendedMegatronDatasetBuilder."""
+
+    def __init__(
+        self, host: MegatronLM, cls: Any, sizes: Any, is_built_on_rank: Callable[[], bool], config: Any
+    ) -> None:
+        own = host.plan()[0] == OWN
+        if own:
+            for name in ("reset_attention_mask", "create_attention_mask", "inter_document_masking"):
+                if hasattr(config, name):
+                    setattr(config, name, False)
+        self.host = host
+        self.boundaries_only = own and not is_built_on_rank()
+        # Every stage and every tensor-parallel rank needs the boundaries.
+        everywhere = (lambda: True) if own else is_built_on_rank
+        super().__init__(cls, sizes, everywhere, config, exact=host.config, loss=host.loss, emit_cu_seqlens=own)
+
+    def build(self) -> list[Any]:
+        datasets = super().build()
+        for member in members(datasets):
+            member.boundaries_only = self.boundaries_only
+        self.host.built(self)
+        return datasets
+
+
+def table_lines(table: WeightTable) -> list[str]:
+    """The weight table as lines of text: window, tau, tail share, and a line for each bucket."""
+    head = f"window {table.seq_length}, tau {table.config.tau}, tail {table.tail_share:.1%} of the targets, "
+    lines = [f"weights     {head}{table.weighted_tail_share:.1%} of the weight, table {table.digest}"]
+    for row in table.rows():
+        lines.append(
+            f"            {row['low']:>7}-{row['high']:<7} {row['share']:>7.2%} of the targets, weight {row['weight']:.6f}"
+        )
+    return lines
+
+
+def _arguments() -> Any:
+    from megatron.training import get_args
+
+    return get_args()

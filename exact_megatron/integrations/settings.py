@@ -1,0 +1,118 @@
+"""The one place that takes EXACT's settings out of a host's command line. Standard library only.
+
+Hosts drop or reject what they do not know (Megatron-LM's argparse fails, Megatron-Bridge drops with a log line), so the
+settings are removed, checked against ExactConfig and merged before the host sees its arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import PREFIX, ExactConfig, parse_scalar, split_overrides, unknown_key
+
+FLAG = "--exact-"
+ENVIRONMENT = "EXACT_"
+NOT_SETTINGS = frozenset(
+    {"EXACT_CONFIG", "EXACT_WARNINGS"}
+)  # EXACT_CONFIG names a file, EXACT_WARNINGS is the command's
+KEYS = tuple(field.name for field in dataclasses.fields(ExactConfig))
+SWITCHES = tuple(field.name for field in dataclasses.fields(ExactConfig) if isinstance(field.default, bool))
+
+
+def take_settings(arguments: Iterable[str], environment: Mapping[str, str]) -> tuple[ExactConfig, list[str]]:
+    """Part a host's command line into EXACT's settings and the host's own arguments.
+
+    Later wins: defaults, then the file (--exact-config FILE or EXACT_CONFIG), then EXACT_ALPHA and the like, then the command
+    line (`model.exact.alpha=0.2`, also with + or ++; --exact-alpha 0.2; --exact-enabled alone is true) in its order.
+
+    Args:
+        arguments: the command line without the program's name; EXACT's may stand anywhere.
+        environment: os.environ.
+
+    Returns:
+        The settings, and the other arguments in order.
+
+    Raises:
+        ValueError: an unknown key in any of the four places, with the nearest known one; a flag without its value; a value of
+            the wrong kind; a file that holds no settings.
+        FileNotFoundError: the file is not there.
+    """
+    given, rest = [], []
+    file = environment.get("EXACT_CONFIG")
+    arguments = list(arguments)
+    while arguments:
+        argument = arguments.pop(0)
+        if split_overrides([argument])[0]:
+            given.append(argument)
+        elif argument.startswith(FLAG):
+            name, equals, value = argument.removeprefix(FLAG).partition("=")
+            key = name.replace("-", "_")
+            if key not in (*KEYS, "config"):
+                raise ValueError(unknown_key(FLAG + name, [FLAG + k.replace("_", "-") for k in (*KEYS, "config")]))
+            if not equals:
+                value = _value_after(FLAG + name, key, arguments)
+            if key == "config":
+                file = value
+            else:
+                given.append(f"{PREFIX}{key}={value}")
+        else:
+            rest.append(argument)
+    values = read_settings(file) if file else {}
+    values.update(_from_environment(environment))
+    return ExactConfig.from_overrides(given, base=values), rest
+
+
+def _value_after(flag: str, key: str, arguments: list[str]) -> str:
+    if key in SWITCHES:
+        return arguments.pop(0) if arguments and isinstance(parse_scalar(arguments[0]), bool) else "true"
+    if not arguments or arguments[0].startswith("--"):
+        raise ValueError(f"{flag} needs a value")
+    return arguments.pop(0)
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    values = {}
+    for name, text in environment.items():
+        if name.startswith(ENVIRONMENT) and name not in NOT_SETTINGS:
+            key = name.removeprefix(ENVIRONMENT).lower()
+            if key not in KEYS:  # a misspelled setting must not be a run without it
+                raise ValueError("environment: " + unknown_key(name, [ENVIRONMENT + k.upper() for k in KEYS]))
+            values[key] = parse_scalar(text)
+    return values
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Read a block of settings from YAML or JSON: a whole run's file with model.exact, one with exact, or the block alone.
+
+    Raises:
+        ValueError: the file is no mapping, or holds other things but no such block.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--exact-config {path}: there is no such file")
+    text = path.read_text()
+    if path.suffix == ".json":
+        data = json.loads(text)
+    else:
+        import yaml
+
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"{path} holds no settings: expected a mapping with model.exact, exact, or the settings themselves"
+        )
+    if isinstance(data.get("model"), dict):
+        if "exact" not in data["model"]:
+            raise ValueError(f"{path} has no model.exact")
+        data = data["model"]
+    block = data["exact"] if "exact" in data else data
+    # YAML 1.1 reads 1e-8 as a string
+    return {k: parse_scalar(v) if isinstance(v, str) else v for k, v in (block or {}).items()}

@@ -1,0 +1,94 @@
+"""What a run writes and says, on the first rank: metrics.jsonl, validation.jsonl, TensorBoard, the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+class RunLog:
+    """metrics.jsonl, validation.jsonl, TensorBoard and the terminal, on the first rank."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.console = trainer.console
+        run_dir = trainer.run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(trainer.run.to_yaml())
+        self.metrics = _truncated(run_dir / "metrics.jsonl", trainer.step)
+        self.validations = _truncated(run_dir / "validation.jsonl", trainer.step)
+        self.board = None
+        if trainer.run.exp_manager.create_tensorboard_logger:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=trainer.step + 1)
+        if trainer.table is not None:
+            census = trainer.builder.census
+            assert census is not None
+            (run_dir / "weights.json").write_text(
+                json.dumps(
+                    {"census": census.digest, "digest": trainer.table.digest, "buckets": trainer.table.rows()}, indent=1
+                )
+            )
+        self.started, self.first = time.monotonic(), trainer.step
+
+    def step(self, line: dict[str, Any]) -> None:
+        self.metrics.write(json.dumps(line) + "\n")
+        self.metrics.flush()
+        if self.board:
+            for name in ("lm_loss", "exact_loss", "grad_norm", "learning_rate", "tokens_per_s"):
+                if line[name] is not None:
+                    self.board.add_scalar(name, line[name], line["step"])
+            for name, bucket in line["buckets"].items():
+                if bucket["targets"]:
+                    self.board.add_scalar(f"bucket_loss/{name}", bucket["loss"], line["step"])
+        run = self.trainer.run.trainer
+        if line["step"] % run.log_every_n_steps == 0 or line["step"] == run.max_steps:
+            rest = (time.monotonic() - self.started) / (line["step"] - self.first) * (run.max_steps - line["step"])
+            exact = f"  exact {_digits(line['exact_loss'])}" if self.trainer.table is not None else ""
+            self.message(
+                f"step {line['step']:>6}/{run.max_steps}  lm loss {_digits(line['lm_loss'])}{exact}  "
+                f"grad norm {line['grad_norm'] or 0:.3f}  "
+                f"lr {line['learning_rate']:.2e}  {line['tokens_per_s']:,.0f} tokens/s  {rest:,.0f} s left"
+            )
+
+    def validation(self, result: dict[str, Any]) -> None:
+        self.validations.write(json.dumps(result) + "\n")
+        self.validations.flush()
+        if self.board:
+            self.board.add_scalar("validation_loss", result["validation_loss"], result["step"])
+        self.message(f"validation after step {result['step']}: lm loss {result['validation_loss']:.4f}")
+
+    def message(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.validations.close()
+        if self.board:
+            self.board.close()
+        sys.stderr.flush()
+
+
+def _digits(loss: float | None) -> str:
+    return "none" if loss is None else f"{loss:.4f}"  # a step may have no supervised target
+
+
+def _truncated(path: Path, step: int) -> Any:
+    """Open for appending, without the lines after `step` that a killed run wrote behind its last checkpoint."""
+    kept = []
+    if path.is_file():
+        for text in path.read_text().splitlines():
+            try:
+                if json.loads(text)["step"] <= step:
+                    kept.append(text)
+            except json.JSONDecodeError:  # cut off by a kill
+                break
+    path.write_text("".join(line + "\n" for line in kept))
+    return path.open("a")

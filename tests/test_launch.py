@@ -1,0 +1,441 @@
+"""The launcher, its settings, doctor and the Megatron-LM hook on a host of a few lines; no checkout is needed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import types
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+
+from exact_megatron import ExactConfig, doctor
+from exact_megatron.cli import main
+from exact_megatron.integrations.documents import feed_documents, join_boundaries
+from exact_megatron.integrations.hooks import replaced, script_global
+from exact_megatron.integrations.megatron_lm import MegatronLM, from_command_line
+from exact_megatron.integrations.megatron_lm_plan import NONE, OWN, UPSTREAM, plan_masking, refusals
+from exact_megatron.integrations.settings import take_settings
+from exact_megatron.launch import parse
+
+ON = "model.exact.enabled=true"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["model.exact.alpha=0.3", "model.exact.enabled=true", "model.exact.tau=16"],
+        ["--exact-alpha", "0.3", "--exact-enabled", "--exact-tau=16"],
+        ["+model.exact.alpha=0.3", "++model.exact.enabled=True", "--exact-tau", "16"],
+        ["--exact-enabled", "true", "--exact-config", "FILE"],
+    ],
+)
+def test_every_spelling_ends_in_the_same_config(line, tmp_path):
+    (tmp_path / "exact.yaml").write_text("model: {exact: {alpha: 0.3, tau: 16, eps: 1e-8}}\n")
+    line = [str(tmp_path / "exact.yaml") if a == "FILE" else a for a in line]
+    config, rest = take_settings([*line, "pretrain_gpt.py", "--lr", "1e-3"], {})
+    assert config == ExactConfig(enabled=True, alpha=0.3, tau=16)
+    assert rest == ["pretrain_gpt.py", "--lr", "1e-3"]
+
+
+def test_the_line_beats_the_environment_beats_the_file(tmp_path):
+    file = tmp_path / "exact.json"
+    file.write_text(json.dumps({"alpha": 0.1, "gamma": 0.2, "tau": 8}))
+    environment = {"EXACT_CONFIG": str(file), "EXACT_GAMMA": "0.3", "EXACT_TAU": "16", "HOME": "/"}
+    config, _ = take_settings(["--exact-tau", "32"], environment)
+    assert (config.alpha, config.gamma, config.tau) == (0.1, 0.3, 32)
+
+
+def test_settings_among_the_scripts_arguments_are_taken_out(tmp_path):
+    script = tmp_path / "pretrain_gpt.py"
+    script.touch()
+    config, found, rest = parse([ON, str(script), "--lr", "1", "model.exact.alpha=0.2", "--bf16"], {})
+    assert (config.alpha, found, rest) == (0.2, script, ["--lr", "1", "--bf16"])
+
+
+@pytest.mark.parametrize(
+    ("line", "environment", "message"),
+    [
+        (["model.exact.alhpa=1"], {}, "did you mean model.exact.alpha"),
+        (["--exact-alhpa", "1"], {}, "did you mean --exact-alpha"),
+        ([], {"EXACT_ALHPA": "1"}, "did you mean EXACT_ALPHA"),
+        (["--exact-alpha"], {}, "--exact-alpha needs a value"),
+        (["--exact-alpha", "--lr"], {}, "--exact-alpha needs a value"),
+        (["model.exact.alpha=much"], {}, "must be a finite number"),
+        (["--exact-config", "missing.yaml"], {}, "there is no such file"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(line, environment, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        take_settings(line, environment)
+
+
+def test_a_file_without_settings_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {num_layers: 2}\n")
+    with pytest.raises(ValueError, match="has no model.exact"):
+        take_settings(["--exact-config", str(tmp_path / "a.yaml")], {})
+    (tmp_path / "b.yaml").write_text("exact: {alhpa: 2}\n")
+    with pytest.raises(ValueError, match="did you mean model.exact.alpha"):
+        take_settings(["--exact-config", str(tmp_path / "b.yaml")], {})
+
+
+@pytest.mark.parametrize("line", [[], [ON], ["--lr", "1"], [ON, "missing.py"]])
+def test_the_command_wants_a_script(line, capsys):
+    assert main(["launch", *line]) == 2
+    assert "exact-megatron launch: " in capsys.readouterr().err
+
+
+ARGS = {"micro_batch_size": 1, "transformer_impl": "transformer_engine", "spec": None}
+DENSE, THD = {"reset_attention_mask": True}, {"dataloader_inter_document_masking": True}
+
+
+@pytest.mark.parametrize(
+    ("args", "core", "who", "words"),
+    [
+        (DENSE, (0, 16), OWN, "DocumentAttention"),
+        (DENSE | {"context_parallel_size": 4}, (0, 19), OWN, "DocumentAttention"),
+        (DENSE | {"transformer_impl": "local"}, (0, 15), UPSTREAM, "dense masks"),
+        (THD, (0, 19), UPSTREAM, "--dataloader-inter-document-masking"),
+        (THD | {"context_parallel_size": 2}, (0, 19), OWN, "wrong with --context-parallel-size 2"),
+        (THD | {"micro_batch_size": 2}, (0, 19), UPSTREAM, "--dataloader-inter-document-masking"),
+        (THD | {"micro_batch_size": 2, "tensor_model_parallel_size": 2}, (0, 19), OWN, "--micro-batch-size 2"),
+    ],
+)
+def test_who_masks_documents(args, core, who, words):
+    found, line = plan_masking(Namespace(**ARGS | args), ExactConfig(), core)
+    assert found == who and words in line
+
+
+def test_nobody_masks():
+    with pytest.raises(ValueError, match="--reset-attention-mask"):
+        plan_masking(Namespace(**ARGS), ExactConfig(), (0, 16))
+    accepted = ExactConfig(allow_unmasked_documents=True)
+    assert plan_masking(Namespace(**ARGS), accepted, (0, 16))[0] == NONE
+
+
+@pytest.mark.parametrize("args", [{}, {"transformer_impl": "local", "context_parallel_size": 2}, {"spec": ["a", "b"]}])
+def test_old_cores_cannot_mask_all_layers(args):
+    with pytest.raises(ValueError, match="before Megatron-LM 0.16"):
+        plan_masking(Namespace(**ARGS | DENSE | args), ExactConfig(), (0, 15))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"mtp_num_layers": 1}, "multi-token prediction"),
+        ({"modelopt_enabled": True}, "modelopt"),
+        ({"export_kd_teacher_load": "x"}, "distillation"),
+        ({"logits_load_dir": "x"}, "cached logits"),
+        ({"sft": True}, "SFT"),
+        ({"mock_data": True}, "mock"),
+        ({"fim_data": True}, "fill-in-the-middle"),
+        ({"use_legacy_models": True}, "legacy"),
+        ({"hybrid_context_parallel": True}, "--context-parallel-size alone"),
+        ({"context_parallel_size": 2, "eod_mask_loss": True}, "--calculate-per-token-loss"),
+        ({"iterations_to_skip": [3]}, "--iterations-to-skip"),
+        ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
+    ],
+)
+def test_runs_that_would_be_weighted_wrongly_are_refused(args, words):
+    assert refusals(Namespace(**ARGS | DENSE), ExactConfig(), (0, 16)) == []
+    (reason,) = refusals(Namespace(**ARGS | DENSE | args), ExactConfig(), (0, 16))
+    assert words in reason
+
+
+# A host: what pretrain_gpt.py and megatron.training are to the hook.
+
+SCRIPT = """
+from functools import partial
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.training import pretrain
+
+def loss_func(loss_mask, output_tensor, model=None):
+    count = loss_mask.sum().int()
+    loss = (output_tensor.view(-1) * loss_mask.view(-1)).sum()
+    return loss, count, {"lm loss": loss.detach().view(1)}
+
+def forward_step(data_iterator, model):
+    batch = next(data_iterator)
+    return model(batch), partial(loss_func, batch["loss_mask"], model=model)
+
+def provider(sizes):
+    return BlendedMegatronDatasetBuilder(cls, sizes, lambda: True, config).build()
+"""
+
+
+class Host:
+    """A script, its pretrain, and the arguments that megatron.training.get_args returns."""
+
+    def __init__(self, monkeypatch, config, cls=GPTDataset, script=SCRIPT):
+        self.args = Namespace(**ARGS, seq_length=config.sequence_length)
+        self.steps = []
+        training, checkpointing = (
+            types.ModuleType("megatron.training"),
+            types.ModuleType("megatron.training.checkpointing"),
+        )
+        training.get_args, training.pretrain, training.checkpointing = lambda: self.args, self.pretrain, checkpointing
+        checkpointing.check_checkpoint_args = lambda checkpoint_args: None
+        self.checkpointing = checkpointing
+        monkeypatch.setitem(sys.modules, "megatron.training", training)
+        monkeypatch.setitem(sys.modules, "megatron.training.checkpointing", checkpointing)
+        monkeypatch.setattr(sys.modules["megatron"], "training", training, raising=False)
+        self.script = {"cls": cls, "config": config}
+        exec(script, self.script)
+
+    def pretrain(self, train_valid_test_dataset_provider, model_type, forward_step_func, resumed=None):
+        if resumed is not None:
+            self.checkpointing.check_checkpoint_args(resumed)
+        data = train_valid_test_dataset_provider([8, 0, 0])[0]
+        for i in range(4):
+            sample = data[i]
+            model = lambda batch: torch.arange(1.0, 1 + batch["loss_mask"].numel())
+            output, loss_func = forward_step_func(iter([sample]), model)
+            self.steps.append((sample["loss_mask"], loss_func(output)))
+        return "trained"
+
+    def run(self, host, **kwargs):
+        return host.hook(self.pretrain)(self.script["provider"], "gpt", self.script["forward_step"], **kwargs)
+
+
+@pytest.fixture
+def config(write_corpus, tmp_path):
+    from conftest import PositionTokenizer
+
+    prefix = write_corpus(np.array([5, 70, 33, 9, 120, 64, 40, 11, 90], np.int32))
+    return GPTDatasetConfig(
+        random_seed=3, sequence_length=32, blend=([prefix], None), split="1,0,0", tokenizer=PositionTokenizer(),
+        path_to_cache=str(tmp_path / "cache"), reset_position_ids=False, reset_attention_mask=False,
+        eod_mask_loss=False, create_attention_mask=False,
+    )  # fmt: skip
+
+
+UNMASKED = ExactConfig(enabled=True, alpha=0.5, allow_unmasked_documents=True)
+
+
+def test_the_hook_weights_the_loss_and_gives_everything_back(monkeypatch, config, capsys):
+    host = Host(monkeypatch, config)
+    before = dict(host.script), host.checkpointing.check_checkpoint_args
+    exact = MegatronLM(UNMASKED)
+    assert host.run(exact) == "trained"
+    table = exact.loss.table
+    assert table.lookup.max() > 1 > table.lookup.min()
+    for weights, (loss, count, report) in host.steps:
+        losses = torch.arange(1.0, 33.0)
+        assert count == 32 and loss == pytest.approx(float((losses * weights).sum()))
+        assert report["lm loss"].tolist() == [float(losses.sum()), 32]
+        assert report["exact loss"].tolist() == pytest.approx([float(loss), 32])
+    assert (dict(host.script), host.checkpointing.check_checkpoint_args) == before
+    printed = capsys.readouterr().out
+    assert printed.count("EXACT\n") == 1 and table.digest in printed and "see each other" in printed
+    assert host.args.exact["table"] == table.digest
+
+
+def test_a_resume_with_other_weights_is_refused(monkeypatch, config):
+    host = Host(monkeypatch, config)
+    host.run(MegatronLM(UNMASKED))
+    saved = Namespace(exact=dict(host.args.exact))
+    assert host.run(MegatronLM(UNMASKED), resumed=saved) == "trained"
+    other = ExactConfig(enabled=True, alpha=0.4, allow_unmasked_documents=True)
+    with pytest.raises(ValueError, match="alpha: 0.5 in the checkpoint, now 0.4"):
+        host.run(MegatronLM(other), resumed=saved)
+    accepted = ExactConfig(enabled=True, alpha=0.4, allow_unmasked_documents=True, allow_changed_weights=True)
+    assert host.run(MegatronLM(accepted), resumed=saved) == "trained"
+    assert host.run(MegatronLM(other), resumed=Namespace()) == "trained"  # from a run without EXACT
+
+
+def test_a_refused_run_takes_no_step(monkeypatch, config):
+    host = Host(monkeypatch, config)
+    host.args.mtp_num_layers = 1
+    with pytest.raises(ValueError, match="refuses this run:\n  multi-token"):
+        host.run(MegatronLM(UNMASKED))
+    assert host.steps == []
+
+
+def test_masking_that_reaches_no_model_is_refused(monkeypatch, config):
+    host = Host(monkeypatch, config)
+    host.args.reset_attention_mask = True
+    with pytest.raises(RuntimeError, match="no GPTModel was built"):
+        host.run(MegatronLM(UNMASKED))
+    assert host.steps == [] and host.args.reset_attention_mask is False
+
+
+def test_other_data_are_refused(monkeypatch, config):
+    with pytest.raises(ValueError, match="not of MockGPTDataset"):
+        Host(monkeypatch, config, cls=MockGPTDataset).run(MegatronLM(UNMASKED))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("partial(loss_func", "partial(other_loss", "does not use a global loss_func"),
+        (
+            "loss_func(loss_mask, output_tensor,",
+            "loss_func(output_tensor, loss_mask,",
+            "not \\(loss_mask, output_tensor",
+        ),
+        (
+            "    return BlendedMegatronDatasetBuilder",
+            "    return Other",
+            "does not use a global BlendedMegatronDatasetBuilder",
+        ),
+        ("from megatron.training", "BlendedMegatronDatasetBuilder = print\nfrom megatron.training", "not Megatron's"),
+    ],
+)
+def test_a_script_of_another_shape_is_refused(monkeypatch, config, old, new, message):
+    assert old in SCRIPT
+    host = Host(monkeypatch, config, script=SCRIPT.replace(old, new))
+    with pytest.raises(RuntimeError, match=message):
+        host.run(MegatronLM(UNMASKED))
+    assert host.steps == []
+
+
+def test_hooking_twice_is_refused(monkeypatch, config):
+    host = Host(monkeypatch, config)
+    hooked = MegatronLM(UNMASKED).hook(host.pretrain)
+    with pytest.raises(RuntimeError, match="hooked by EXACT already"):
+        MegatronLM(UNMASKED).hook(hooked)
+    with pytest.raises(RuntimeError, match="or hooked already"):  # through a wrapper that hides it
+        outer = MegatronLM(UNMASKED).hook(
+            lambda train_valid_test_dataset_provider, model_type, forward_step_func: hooked(
+                train_valid_test_dataset_provider, model_type, forward_step_func
+            )
+        )
+        outer(host.script["provider"], "gpt", host.script["forward_step"])
+    with pytest.raises(RuntimeError, match="takes no train_valid_test_dataset_provider"):
+        MegatronLM(UNMASKED).hook(lambda data, forward_step_func: None)
+
+
+def test_a_patched_script_takes_its_settings_from_the_command_line(monkeypatch):
+    pretrain = lambda train_valid_test_dataset_provider, forward_step_func: None
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--lr", "1", "--exact-alpha", "0.2"])
+    assert from_command_line(pretrain) is pretrain
+    assert sys.argv == ["pretrain_gpt.py", "--lr", "1"]
+    monkeypatch.setenv("EXACT_ENABLED", "true")
+    assert from_command_line(pretrain).exact.config.enabled
+
+
+def test_replaced_and_script_global():
+    module = types.SimpleNamespace(a=1)
+    with replaced(module, "a", 2):
+        assert module.a == 2
+    assert module.a == 1
+    with pytest.raises(RuntimeError, match="has no b"), replaced(module, "b", 2):
+        pass
+    wrapped = functools.wraps(take_settings)(lambda *a: None)
+    assert script_global(wrapped, "split_overrides").__name__ == "split_overrides"
+
+
+def test_boundaries_reach_the_model_and_not_the_script():
+    cu_seqlens = torch.full((2, 9), 8, dtype=torch.int32)
+    cu_seqlens[0, :3], cu_seqlens[1, :2] = torch.tensor([0, 3, 8]), torch.tensor([0, 8])
+    assert join_boundaries(cu_seqlens, 8) == [0, 3, 8, 16]
+    seen = {}
+
+    def forward_step(data_iterator, model):
+        seen["batch"] = next(data_iterator)
+        return model("tokens", labels=1), None
+
+    model = lambda *args, **kwargs: seen.update(args=args, **kwargs)
+    feed_documents(forward_step, 8)(iter([{"tokens": 0, "cu_seqlens": cu_seqlens}]), model)
+    assert seen["batch"] == {"tokens": 0} and seen["args"] == ("tokens",) and seen["labels"] == 1
+    assert seen["packed_seq_params"].boundaries == (0, 3, 8, 16)
+    for iterator in (None, iter([{"tokens": 0}])):
+        with pytest.raises(RuntimeError, match="no document boundaries"):
+            feed_documents(forward_step, 8)(iterator, model)
+
+
+LAUNCHED = """
+import sys
+from helper import here
+print("argv", sys.argv[1:], __name__, here)
+if "train" in sys.argv:
+    from megatron.training import pretrain
+"""
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """python -m exact_megatron.launch beside a megatron.training of two lines."""
+    (folder / "checkout").mkdir(exist_ok=True)
+    (folder / "checkout" / "script.py").write_text(LAUNCHED)
+    (folder / "checkout" / "helper.py").write_text("here = 'beside the script'\n")
+    package = folder / "checkout" / "megatron" / "training"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").write_text("from .training import pretrain\n")
+    (package / "training.py").write_text("def pretrain(train_valid_test_dataset_provider, forward_step_func): pass\n")
+    command = [sys.executable, "-m", "exact_megatron.launch", *arguments]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "SLURM_STEP_NUM_TASKS")}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
+
+
+def test_launch_runs_the_script_as_python_would(tmp_path):
+    ran = launch(tmp_path, "checkout/script.py", "a", "--b")
+    assert ran.returncode == 0, ran.stderr
+    assert "argv ['a', '--b'] __main__ beside the script" in ran.stdout
+
+
+def test_enabled_but_never_hooked_fails(tmp_path):
+    ran = launch(tmp_path, ON, "checkout/script.py", "train")
+    assert ran.returncode == 1 and "never called megatron.training.pretrain" in ran.stderr
+
+
+def test_doctor_fits_a_screen_and_fails_for_a_run_that_would(capsys, write_corpus, tmp_path):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 24
+    for name in (
+        "python",
+        "torch",
+        "CUDA",
+        "NCCL",
+        "megatron-core",
+        "transformer-engine",
+        "apex",
+        "nemo",
+        "bridge",
+        "FP8",
+    ):
+        assert name in text
+    prefix = write_corpus(np.array([100, 300, 64], np.int32))
+    (tmp_path / "pretrain_gpt.py").write_text(SCRIPT.replace("provider(", "train_valid_test_datasets_provider("))
+    line = ["doctor", ON, str(tmp_path / "pretrain_gpt.py"), "--seq-length", "64", "--data-path", prefix, "--bf16"]
+    assert main([*line, "--reset-attention-mask", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["run"]["tau"] == 16 and 0 < report["run"]["tail_share"] < report["run"]["weighted_tail_share"] < 1
+    assert "DocumentAttention" in report["run"]["documents"] and report["run"]["refused"] == []
+    assert report["hosts"]["Megatron-LM"].startswith("hookable")
+    assert main(line) == 1
+    assert "would see each other" in capsys.readouterr().out
+    assert main(["doctor", ON, str(tmp_path / "missing" / "pretrain_gpt.py")]) == 1
+    assert main(["doctor", "model.exact.alhpa=1"]) == 1
+    assert "did you mean" in capsys.readouterr().out
+
+
+def test_doctor_tells_nvidias_apex_from_the_other(monkeypatch, tmp_path):
+    assert doctor.apex() == "not installed"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    assert "unrelated" in doctor.apex()
+    sys.modules.pop("apex", None)
+    (tmp_path / "apex" / "multi_tensor_apply").mkdir()
+    (tmp_path / "apex" / "multi_tensor_apply" / "__init__.py").touch()
+    assert doctor.apex().startswith("NVIDIA's")
+    sys.modules.pop("apex", None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "recipes"),
+    [(None, "none"), ((8, 0), "none"), ((8, 9), "delayed, tensorwise"), ((9, 0), "delayed, tensorwise, blockwise"),
+     ((10, 0), "delayed, tensorwise, blockwise, mxfp8")],
+)  # fmt: skip
+def test_doctor_names_fp8_recipes(capability, recipes):
+    assert doctor.fp8_recipes(capability, "2.9.0").startswith(recipes)
+    assert doctor.fp8_recipes(capability, "not installed").startswith("none")

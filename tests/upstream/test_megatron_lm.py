@@ -1,0 +1,319 @@
+"""The real, unedited pretrain_gpt.py of a Megatron-LM checkout, on a CPU: `make test-upstream MEGATRON_LM=/path/to/checkout`."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import megatron_lm as lm
+import pytest
+import ranks
+
+pytestmark = [
+    pytest.mark.upstream,
+    pytest.mark.skipif(lm.repository() is None, reason=lm.ABSENT),
+]
+
+EXACT = ["model.exact.enabled=true", "model.exact.tau=16", "model.exact.alpha=0.5"]
+TP2 = "--tensor-model-parallel-size 2"
+LAYOUTS = {
+    2: {
+        "tp2": TP2,
+        "sp": f"{TP2} --sequence-parallel",
+        "pp2": "--pipeline-model-parallel-size 2",
+        "pp2_vpp2": "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
+        "cp2": "--context-parallel-size 2",
+        "dp2": "",
+        "dp2_distributed_optimizer": "--use-distributed-optimizer",
+    },
+    4: {
+        "tp2_pp2": f"{TP2} --pipeline-model-parallel-size 2",
+        "tp2_cp2": f"{TP2} --sequence-parallel --context-parallel-size 2",
+        "pp4": "--pipeline-model-parallel-size 4",  # two stages that Megatron-LM gives no batch
+    },
+}
+CASES = [name for layouts in LAYOUTS.values() for name in layouts]
+
+
+@pytest.fixture(scope="module", params=lm.refs())
+def logs(request, tmp_path_factory):
+    """Logs by name of every run at one tag; they share a checkpoint of two plain steps."""
+    folder = tmp_path_factory.mktemp("megatron_lm")
+    checkout = lm.copy_checkout(request.param, folder)
+    data, other = lm.write_data(folder, "x", 11), lm.write_data(folder, "y", 12)
+    has_masking = b"inter-document-masking" in (checkout / "megatron/training/arguments.py").read_bytes() or any(
+        "inter_document_masking" in path.read_text() for path in (checkout / "megatron/training").rglob("*.py")
+    )
+    stock = [*lm.arguments(checkout, folder)]
+    usual = ["--data-path", data, "--split", "90,10,0"]
+    blend = ["--data-path", "0.3", data, "0.7", other, "--split", "90,10,0", "--dataloader-type", "cyclic"]
+    here = ["--load", str(folder / "base"), "--finetune"]
+    reset = [*here, "--reset-attention-mask"]
+    plain = lambda name, *more, spec="layer": {
+        "name": name, "mode": "plain", "arguments": [*stock, "--spec", "cpu_spec", spec, *more]}  # fmt: skip
+    exact = lambda name, settings, *more, spec="layer": {
+        "name": name, "mode": "launch",
+        "arguments": [*settings, str(checkout / "pretrain_gpt.py"), *stock, "--spec", "cpu_spec", spec, *more]}  # fmt: skip
+    unmasked = [*EXACT, "model.exact.allow_unmasked_documents=true"]
+    thd = "--dataloader-inter-document-masking"
+    one = [
+        plain("base", *usual, "--train-iters", "2", "--save", str(folder / "base")),
+        plain("plain", *usual, *here, "--no-create-attention-mask-in-dataloader"),
+        exact("alpha_0", [*unmasked, "model.exact.alpha=0"], *usual, *here),
+        exact("disabled", ["model.exact.enabled=false"], *usual, *here),
+        plain("dense", *usual, *reset),
+        exact("alpha_0_masked", [*EXACT, "model.exact.alpha=0"], *usual, *reset),
+        exact("one_rank", EXACT, *usual, *reset, "--save", str(folder / "one")),
+        exact("resumed", EXACT, *usual, "--reset-attention-mask", "--load", str(folder / "one"), "--ckpt-step", "3"),
+        exact("changed", [*EXACT, "model.exact.alpha=0.4"], *usual, "--reset-attention-mask", "--load", str(folder / "one")),
+        exact("nobody_masks", EXACT, *usual, *here),
+        exact("no_data", EXACT, "--mock-data", *reset),
+        exact("blend", EXACT, *blend, *reset),
+        exact("splits", EXACT, "--train-data-path", data, "--valid-data-path", other, *reset,
+              "--tensorboard-dir", str(folder / "tensorboard")),
+        {"name": "patched", "mode": lm.patched(checkout, folder),
+         "arguments": [*stock, "--spec", "cpu_spec", "layer", *usual, *reset, *EXACT]},
+    ]  # fmt: skip
+    if has_masking:
+        one.append(plain("stock_thd", *usual, *here, thd, spec="thd_layer"))
+        one.append(exact("thd_alpha_0", [*EXACT, "model.exact.alpha=0"], *usual, *here, thd, spec="thd_layer"))
+        one.append(exact("thd", EXACT, *usual, *here, thd, spec="thd_layer"))
+    lm.run_jobs(checkout, folder, 1, one)
+    for world, layouts in LAYOUTS.items():
+        jobs = [exact(name, EXACT, *usual, *reset, *flags.split()) for name, flags in layouts.items()]
+        if world == 2:
+            jobs.append(exact("blend_tp2", EXACT, *blend, *reset, *TP2.split()))
+            save = ["--save", str(folder / "two")]
+            jobs.append(exact("dp2_saved", EXACT, *usual, *reset, "--use-distributed-optimizer", *save))
+            jobs.append(exact("dp2_resumed", EXACT, *usual, "--reset-attention-mask", "--use-distributed-optimizer",
+                              "--load", str(folder / "two"), "--ckpt-step", "3"))  # fmt: skip
+            if has_masking:
+                one_sample = ["--pipeline-model-parallel-size", "2", "--micro-batch-size", "1"]
+                jobs.append(exact("thd_pp2_mbs1", EXACT, *usual, *here, thd, *one_sample, spec="thd_layer"))
+                jobs.append(exact("thd_cp2", EXACT, *usual, *here, thd, "--context-parallel-size", "2"))
+                jobs.append(
+                    exact("thd_pp2", EXACT, *usual, *here, thd, "--pipeline-model-parallel-size", "2", spec="thd_layer")
+                )
+        lm.run_jobs(checkout, folder, world, jobs)
+
+    native(folder, data)
+
+    def log(name):
+        found = lm.Log(folder, name)
+        if not found.ranks and "thd" in name:
+            pytest.skip("this Megatron-LM has no --dataloader-inter-document-masking")
+        return found
+
+    log.folder = folder
+    return log
+
+
+def native(folder, data):
+    """The native runner on the same data, from the same weights."""
+    config = folder / "native.yaml"
+    config.write_text(
+        f"""
+trainer: {{devices: 1, accelerator: cpu, max_steps: 8, log_every_n_steps: 1, gradient_clip_val: 1.0}}
+exp_manager: {{exp_dir: {folder}/native, create_tensorboard_logger: false}}
+model:
+  seed: 7
+  micro_batch_size: 2
+  global_batch_size: 8
+  num_layers: 4
+  hidden_size: 32
+  ffn_hidden_size: 64
+  num_attention_heads: 4
+  num_query_groups: 2
+  make_vocab_size_divisible_by: 64
+  override_vocab_size: {lm.EOD + 1}
+  data:
+    data_prefix: [{data}]
+    splits_string: "90,10,0"
+    index_mapping_dir: {folder}/native_cache
+    seq_length: {lm.SEQ_LENGTH}
+    eod_id: {lm.EOD}
+    eod_mask_loss: true
+    num_workers: 0
+  optim:
+    lr: 5e-3
+    betas: [0.9, 0.999]
+    weight_decay: 0.1
+    sched: {{name: constant, warmup_steps: 0, min_lr: 1e-3}}
+  exact: {{enabled: true, alpha: 0.5, tau: 16}}
+"""
+    )
+    (weights,) = (folder / "base").glob("iter_*")
+    ranks.launch("upstream/native.py", [str(config), str(weights), "8", str(folder / "native.json")], 1)
+
+
+def test_the_native_runner_computes_the_same_losses(logs):
+    steps = logs("one_rank").steps()
+    native = json.loads((logs.folder / "native.json").read_text())
+    for step in (1, 3, 4, 5, 6, 7, 8):
+        assert float(steps[step]["lm loss"]) == pytest.approx(native[step - 1]["lm_loss"], rel=1e-6)
+        assert float(steps[step]["exact loss"]) == pytest.approx(native[step - 1]["exact_loss"], rel=1e-6)
+        assert float(steps[step]["grad norm"]) == pytest.approx(native[step - 1]["grad_norm"], abs=2e-3)
+
+
+def assert_close(log, reference, steps=range(1, 9)):
+    """Printed losses and gradient norms agree to a unit or two of the last digit; nothing is printed by one alone."""
+    mine, theirs = log.steps(), reference.steps()
+    for step in steps:
+        assert mine[step].keys() == theirs[step].keys()
+        for key, value in theirs[step].items():
+            assert float(mine[step][key]) == pytest.approx(float(value), rel=1e-3 if key == "grad norm" else 1e-6), (
+                step,
+                key,
+            )
+
+
+def test_alpha_0_is_the_stock_script_to_the_printed_digit(logs):
+    stock, exact = logs("plain"), logs("alpha_0")
+    assert [line["lm loss"] for line in stock.steps().values()] == [line["lm loss"] for line in exact.steps().values()]
+    assert [line["grad norm"] for line in stock.steps().values()] == [
+        line["grad norm"] for line in exact.steps().values()
+    ]
+    assert stock.validation()["lm loss"] == exact.validation()["lm loss"]
+    assert len(stock.steps()) == 8
+
+
+def test_disabled_the_launcher_changes_nothing(logs):
+    assert logs("disabled").steps() == logs("plain").steps()
+    assert "EXACT" not in logs("disabled").text
+
+
+def test_our_masking_equals_dense_reset_masks(logs):
+    exact, dense = logs("alpha_0_masked").steps(), logs("dense").steps()
+    for step in dense:
+        assert float(exact[step]["lm loss"]) == pytest.approx(float(dense[step]["lm loss"]), rel=1e-6)
+        assert exact[step]["grad norm"] == dense[step]["grad norm"]
+    assert dense[8]["lm loss"] != logs("plain").steps()[8]["lm loss"]  # masks matter here
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layouts_print_the_losses_of_one_rank(logs, name):
+    assert_close(logs(name), logs("one_rank"))
+
+
+def test_the_weights_change_the_run(logs):
+    steps = logs("one_rank").steps()
+    assert all(line["lm loss"] != line["exact loss"] for line in steps.values())
+    assert steps[6]["lm loss"] != logs("alpha_0_masked").steps()[8]["lm loss"]
+    assert {"lm loss 0-15", "lm loss 16-31", "lm loss 32-64"} <= steps[1].keys()
+
+
+def test_the_hooks_are_named_once(logs):
+    text = logs("one_rank").text
+    assert text.count("\nEXACT\n") == 1
+    assert re.search(r"hooked +loss_func, forward_step and BlendedMegatronDatasetBuilder of pretrain_gpt.py", text)
+    assert "masked by DocumentAttention" in text and "32-64" in text
+    assert logs("tp2_pp2").text.count("\nEXACT\n") == 1
+
+
+# The second line that Megatron-LM prints after any start is the mean of two iterations.
+AFTER_RESUME = (4, 6, 7, 8)
+
+
+def test_resume_continues(logs):
+    straight, resumed = logs("one_rank").steps(), logs("resumed").steps()
+    assert sorted(resumed) == [4, 5, 6, 7, 8]
+    assert [resumed[step] for step in AFTER_RESUME] == [straight[step] for step in AFTER_RESUME]
+    assert resumed[5]["grad norm"] == straight[5]["grad norm"]
+
+
+def test_resume_with_the_distributed_optimizer_continues(logs):
+    assert sorted(logs("dp2_resumed").steps()) == [4, 5, 6, 7, 8]
+    assert_close(logs("dp2_resumed"), logs("dp2_saved"), AFTER_RESUME)
+
+
+def test_resume_with_other_weights_is_refused_with_both_values(logs):
+    log = logs("changed")
+    assert not log.ok and "alpha: 0.5 in the checkpoint, now 0.4" in log.text
+
+
+def test_documents_without_masking_are_refused(logs):
+    log = logs("nobody_masks")
+    assert not log.ok and "--reset-attention-mask" in log.text and "allow_unmasked_documents" in log.text
+    assert not re.search(r"iteration +1/", log.text)
+
+
+def test_mock_data_are_refused(logs):
+    assert not logs("no_data").ok and "mock data have no documents" in logs("no_data").text
+
+
+@pytest.mark.parametrize("name", ["blend", "splits"])
+def test_blends_cyclic_order_and_data_per_split_keep_working(logs, name):
+    steps = logs(name).steps()
+    assert len(steps) == 8 and all("exact loss" in line for line in steps.values())
+
+
+def test_every_rank_draws_the_same_boundaries_in_cyclic_order(logs):
+    assert_close(logs("blend_tp2"), logs("blend"))
+
+
+def test_tensorboard_has_the_losses_beside_each_other(logs):
+    logs("splits").steps()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(logs.folder / "tensorboard"))
+    events.Reload()
+    assert {"lm loss", "exact loss", "lm loss 32-64"} <= set(events.Tags()["scalars"])
+
+
+def test_the_index_caches_and_the_census_are_in_the_cache_folder(logs):
+    logs("one_rank").steps()
+    names = [path.name for path in (logs.folder / "cache").iterdir()]
+    assert any(name.endswith("-ExactGPTDataset-train-census.json") for name in names)
+    census = next(path for path in (logs.folder / "cache").iterdir() if path.name.endswith("census.json"))
+    assert json.loads(census.read_text())["seq_length"] == lm.SEQ_LENGTH
+
+
+def test_upstreams_masking_equals_dense_reset_masks(logs):
+    """Upstream's thd batches, ours and the dense masks are three ways to one loss."""
+    stock, dense = logs("stock_thd").steps(), logs("dense").steps()
+    for step in dense:
+        assert float(stock[step]["lm loss"]) == pytest.approx(float(dense[step]["lm loss"]), rel=1e-6)
+    assert [s["lm loss"] for s in logs("thd_alpha_0").steps().values()] == [s["lm loss"] for s in stock.values()]
+
+
+@pytest.mark.parametrize("name", ["thd", "thd_pp2_mbs1", "thd_pp2", "thd_cp2"])
+def test_upstreams_masking_is_used_or_replaced_where_it_is_wrong(logs, name):
+    assert_close(logs(name), logs("one_rank"))
+    theirs = "masked by --dataloader-inter-document-masking (Megatron-LM's)" in logs(name).text
+    assert theirs == (name in ("thd", "thd_pp2_mbs1"))
+
+
+def test_a_patched_script_is_a_launched_one(logs):
+    assert logs("patched").steps() == logs("one_rank").steps()
+
+
+FITS = {
+    "megatron-lm-0.13-to-0.17.patch": [
+        "0.13.0",
+        "0.13.1",
+        "0.14.0",
+        "0.15.0",
+        "0.15.3",
+        "0.16.0",
+        "0.16.1",
+        "0.17.0",
+        "0.17.1",
+    ],
+    "megatron-lm-0.18-to-main.patch": ["0.18.0", "0.18.2", "0.19.0", "main"],
+}
+
+
+@pytest.mark.parametrize(("patch", "version"), [(patch, version) for patch in FITS for version in FITS[patch]])
+def test_patches_apply_and_revert(patch, version, tmp_path):
+    before = lm.read("main" if version == "main" else f"core_v{version}", "pretrain_gpt.py")
+    if before is None:
+        pytest.skip(f"MEGATRON_LM has no tag core_v{version}: make it a git clone with tags")
+    script = tmp_path / "pretrain_gpt.py"
+    script.write_bytes(before)
+    for other in FITS:
+        assert lm.apply(lm.PATCHES / other, tmp_path, "--check") == (other == patch)
+    assert lm.apply(lm.PATCHES / patch, tmp_path)
+    after = script.read_text()
+    assert after.index("exact.from_command_line(pretrain)") < after.rindex("    pretrain(")
+    compile(after, "pretrain_gpt.py", "exec")
+    assert lm.apply(lm.PATCHES / patch, tmp_path, "--reverse") and script.read_bytes() == before
