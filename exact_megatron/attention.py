@@ -36,7 +36,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from .context_parallel import Exchange, GatherSpans, keep_local
+from .context_parallel import Exchange, GatherSpans, LocalKV
 
 __all__ = ["DocumentAttention", "DocumentBoundaries", "check_supported", "document_boundaries"]
 
@@ -368,9 +368,10 @@ class DocumentAttention(MegatronModule):
         else:
             plan = _chunk_plan(documents.boundaries, documents.seq_length, self.cp_group.rank(), self.cp)
             spans, nq, nk = zip(*plan, strict=True)
-            kv = GatherSpans.apply(key, value, self.cp_group, spans)
+            local = LocalKV(key, value, self.cp_group)
+            kv = GatherSpans.apply(key, value, local, spans)
             calls = zip(_flat(query).split(s // 2), kv[::2], kv[1::2], nq, nk, strict=True)
-            with keep_local(kv[0], key, value, self.cp_group):
+            with local.saving(kv[0]):
                 out = _join([piece for call in calls for piece in kernel(*call)])
         return out.reshape(b, s, -1).transpose(0, 1).contiguous()
 

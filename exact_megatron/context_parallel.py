@@ -62,14 +62,16 @@ class GatherSpans(torch.autograd.Function):
     """k and v [S/cp, b, kv_heads, d] -> key, value, key, value, ... of slices of the flattened batch."""
 
     @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, group: dist.ProcessGroup, spans: Any) -> tuple[Tensor, ...]:
-        ctx.group, ctx.spans, ctx.shape = group, spans, k.shape
+    def forward(ctx: Any, k: Tensor, v: Tensor, local: LocalKV, spans: Any) -> tuple[Tensor, ...]:
+        group = local.group
+        ctx.group, ctx.local, ctx.spans, ctx.shape = group, local, spans, k.shape
         every = _gather(k, v, group)
         return tuple(t[span] for span in spans for t in every)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         group, cp, (s, b, *rest) = ctx.group, ctx.group.size(), ctx.shape
+        ctx.local.end_backward()
         total = grads[0].new_zeros(2, b * s * cp, *rest)
         for i, grad in enumerate(grads):
             total[i % 2, ctx.spans[i // 2]] += grad
@@ -84,30 +86,43 @@ class GatherSpans(torch.autograd.Function):
         return mine[:, 0].reshape(ctx.shape), mine[:, 1].reshape(ctx.shape), None, None
 
 
-def keep_local(gathered: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> saved_tensors_hooks:
-    """Where a kernel saves a part of the gathered K/V, save only its place; backward gathers once more.
+class LocalKV:
+    """Keeps the local K/V for backward, in place of the gathered ones that a kernel saves a part of, and gathers again there.
 
-    Every rank's kernel saves some of it, so all ranks join in. A kernel that saves copies only costs memory.
+    A kernel may save copies instead, and another one on another rank: each rank gathers once in each backward all the same, so
+    that the group's collectives stay in step. Copies only cost memory.
     """
-    storage, k, v = gathered.untyped_storage().data_ptr(), k.detach(), v.detach()
-    saved, left, every = 0, 0, None
 
-    def pack(t: Tensor) -> Any:
-        nonlocal saved
-        if t.untyped_storage().data_ptr() != storage:
-            return t
-        saved += 1
-        return t.size(), t.stride(), t.storage_offset()
+    def __init__(self, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> None:
+        self.k, self.v, self.group = k.detach(), v.detach(), group
+        self.saved = self.left = 0
+        self.every: Tensor | None = None
+        self.gathered = False
 
-    def unpack(packed: Any) -> Tensor:
-        nonlocal left, every
+    def saving(self, gathered: Tensor) -> saved_tensors_hooks:
+        """Hooks for the forward of the kernels that read `gathered`."""
+        storage = gathered.untyped_storage().data_ptr()
+
+        def pack(t: Tensor) -> Any:
+            if t.untyped_storage().data_ptr() != storage:
+                return t
+            self.saved += 1
+            return t.size(), t.stride(), t.storage_offset()
+
+        return saved_tensors_hooks(pack, self._unpack)
+
+    def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        if every is None:
-            every, left = _gather(k, v, group), saved
-        t, left = every.as_strided(*packed), left - 1
-        if not left:
-            every = None
-        return t
+        if self.every is None:
+            self.every, self.left, self.gathered = _gather(self.k, self.v, self.group), self.saved, True
+        part, self.left = self.every.as_strided(*packed), self.left - 1
+        if not self.left:
+            self.every = None
+        return part
 
-    return saved_tensors_hooks(pack, unpack)
+    def end_backward(self) -> None:
+        """Take part in the gather of this backward if no kernel of this rank needed it."""
+        if not self.gathered:
+            _gather(self.k, self.v, self.group)
+        self.gathered = False

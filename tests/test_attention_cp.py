@@ -134,6 +134,32 @@ def gather_keeps_local(cp: int) -> None:
         context_parallel._gather = gather
 
 
+def gather_with_a_kernel_that_saves_copies(cp: int) -> None:
+    """Kernels differ by rank and by piece: one that saves copies on one rank alone leaves the collectives in step."""
+    from exact_megatron import attention
+
+    rank, sdpa = GROUPS[cp].rank(), attention._KERNELS["sdpa"]
+    if rank == 0:
+        attention._KERNELS["sdpa"] = lambda q, k, v, nq, nk, scale: sdpa(q, k * 1, v * 1, nq, nk, scale)
+    try:
+        q, k, v, w = tensors(4, 2, 2)
+        whole = document_boundaries(packing(2, 2), S, 2)
+        reference = [t.clone().requires_grad_() for t in (q, k, v)]
+        expected = dense(*reference, packing(2, 2))
+        (expected * w).sum().backward()
+        cut = partial(zigzag, rank=rank, cp=cp, dim=0)
+        local = [cut(t).clone().requires_grad_() for t in (q, k, v)]
+        for _ in range(2):
+            out = module(cp, "gather", 4, 2)(*local, None, packed_seq_params=whole)
+            for t in local:
+                t.grad = None
+            (out * cut(w)).sum().backward()
+            theirs = [cut(expected.detach()), *(cut(t.grad) for t in reference)]
+            assert_close([out.detach(), *(t.grad for t in local)], theirs)
+    finally:
+        attention._KERNELS["sdpa"] = sdpa
+
+
 def batch_is_megatrons(cp: int) -> None:
     """The zigzag of these checks is the one of get_batch_on_this_cp_rank."""
     from megatron.core import parallel_state
@@ -275,7 +301,7 @@ CHECKS = {
 }
 CHECKS |= {
     f"{check.__name__}-cp{cp}": partial(check, cp)
-    for check in (gather_keeps_local, batch_is_megatrons)
+    for check in (gather_keeps_local, gather_with_a_kernel_that_saves_copies, batch_is_megatrons)
     for cp in (2, 4)
 }
 CHECKS |= {

@@ -202,6 +202,16 @@ def test_a_batch_with_a_foreign_token_is_refused():
         Collate(301, 3)([sample])
 
 
+def test_a_batch_without_boundaries_is_refused_where_documents_are_masked():
+    import torch
+
+    from exact_megatron.config import ExactError
+    from exact_megatron.training.data import get_batch
+
+    with pytest.raises(ExactError, match="the batch has no boundaries"):
+        get_batch(iter([{"tokens": torch.zeros(1, 8)}]), torch.device("cpu"), documents=True)
+
+
 def test_boundaries_of_a_micro_batch_are_flattened():
     import torch
 

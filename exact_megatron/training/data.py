@@ -16,6 +16,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..attention import document_boundaries
+from ..config import ExactError
 from ..dataset import ExactDatasetBuilder
 from ..loss import ExactLoss
 from .config import RunConfig
@@ -128,11 +129,24 @@ _CP_ARGUMENTS = (
 )
 
 
-def get_batch(iterator: Iterator[dict[str, torch.Tensor]], device: torch.device) -> tuple[dict[str, torch.Tensor], Any]:
-    """Next micro-batch of this rank: ([b, s / cp] tensors in Megatron's zigzag order, boundaries or None)."""
+def get_batch(
+    iterator: Iterator[dict[str, torch.Tensor]], device: torch.device, documents: bool
+) -> tuple[dict[str, torch.Tensor], Any]:
+    """Next micro-batch of this rank: ([b, s / cp] tensors in Megatron's zigzag order, boundaries or None).
+
+    Args:
+        documents: the batch must carry documents' boundaries.
+
+    Raises:
+        ExactError: it does not, so that documents would see each other.
+    """
     batch = {k: v.to(device, non_blocking=True) if k != "boundaries" else v for k, v in next(iterator).items()}
     cu_seqlens = batch.pop("boundaries", None)
     packed = None
+    if documents and cu_seqlens is None:
+        raise ExactError(
+            "documents are to be masked, but the batch has no boundaries: build the data with emit_cu_seqlens=True"
+        )
     if cu_seqlens is not None:
         size, seq_length = batch["tokens"].shape
         packed = document_boundaries(cu_seqlens, seq_length, size, device=device)

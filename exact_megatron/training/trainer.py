@@ -151,7 +151,7 @@ class Trainer:
         )
 
     def _forward_step(self, loss_func: Any, iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
-        batch, packed = get_batch(iterator, self.device)
+        batch, packed = get_batch(iterator, self.device, self.run.model.data.document_masking)
         losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
         return losses, partial(loss_func, batch["loss_mask"])
 
