@@ -205,6 +205,13 @@ def megatron_lm_run(command: list[str]) -> dict[str, Any]:
                  "mock-data", "fim-data", "use-legacy-models", "perform-rl-step", "hybrid-context-parallel", "modelopt-enabled",
                  "overlap-moe-expert-parallel-comm"):  # fmt: skip
         parser.add_argument(f"--{name}", action="store_true")
+    # Megatron-LM's defaults are true.
+    parser.add_argument("--no-masked-softmax-fusion", dest="masked_softmax_fusion", action="store_false")
+    parser.add_argument(
+        "--no-create-attention-mask-in-dataloader", dest="create_attention_mask_in_dataloader", action="store_false"
+    )
+    parser.add_argument("--dataloader-type")
+    parser.add_argument("--eval-micro-batch-size", type=int)
     args, _ = parser.parse_known_args(rest[1:])
     core = checkout_core(script.parent)
     hooked = megatron_lm(script.parent)
@@ -258,6 +265,6 @@ def lines(report: dict[str, Any]) -> list[str]:
         share = f"{run['tail_share']:.1%} of the targets, {run['weighted_tail_share']:.1%} of the weight"
         text.append(f"{'tail':<20}{share} ({run['data']} file pairs in stored order, once)")
     text += [f"{'refused':<20}{reason}" for reason in run["refused"]] or [
-        f"{'refused':<20}nothing: the run would start"
+        f"{'refused':<20}nothing that doctor looks at (the model's own settings are checked when it is built)"
     ]
     return text

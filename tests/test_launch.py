@@ -105,7 +105,8 @@ DENSE, THD = {"reset_attention_mask": True}, {"dataloader_inter_document_masking
         (THD, (0, 19), UPSTREAM, "--dataloader-inter-document-masking"),
         (THD | {"context_parallel_size": 2}, (0, 19), OWN, "wrong with --context-parallel-size 2"),
         (THD | {"micro_batch_size": 2}, (0, 19), UPSTREAM, "--dataloader-inter-document-masking"),
-        (THD | {"micro_batch_size": 2, "tensor_model_parallel_size": 2}, (0, 19), OWN, "--micro-batch-size 2"),
+        (THD | {"micro_batch_size": 2, "tensor_model_parallel_size": 2}, (0, 19), OWN, "micro-batches of 2 samples"),
+        (THD | {"eval_micro_batch_size": 4, "pipeline_model_parallel_size": 2}, (0, 19), OWN, "micro-batches of 4"),
     ],
 )
 def test_who_masks_documents(args, core, who, words):
@@ -120,7 +121,16 @@ def test_nobody_masks():
     assert plan_masking(Namespace(**ARGS), accepted, (0, 16))[0] == NONE
 
 
-@pytest.mark.parametrize("args", [{}, {"transformer_impl": "local", "context_parallel_size": 2}, {"spec": ["a", "b"]}])
+@pytest.mark.parametrize(
+    "args",
+    [
+        {},
+        {"transformer_impl": "local", "context_parallel_size": 2},
+        {"spec": ["a", "b"]},
+        {"transformer_impl": "local", "masked_softmax_fusion": True},
+        {"transformer_impl": "local", "create_attention_mask_in_dataloader": False},
+    ],
+)
 def test_old_cores_cannot_mask_all_layers(args):
     with pytest.raises(ValueError, match="before Megatron-LM 0.16"):
         plan_masking(Namespace(**ARGS | DENSE | args), ExactConfig(), (0, 15))
@@ -140,6 +150,7 @@ def test_old_cores_cannot_mask_all_layers(args):
         ({"hybrid_context_parallel": True}, "--context-parallel-size alone"),
         ({"context_parallel_size": 2, "eod_mask_loss": True}, "--calculate-per-token-loss"),
         ({"iterations_to_skip": [3]}, "--iterations-to-skip"),
+        ({"dataloader_type": "external"}, "--dataloader-type external"),
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
     ],
 )

@@ -49,6 +49,10 @@ def refusals(args: Any, config: ExactConfig, core: tuple[int, int] | None = None
         masking, _ = plan_masking(args, config, core)
         if masking == OWN:
             found += [text for name, text in _REFUSED_WITH_OWN_MASKING.items() if getattr(args, name, None)]
+            if getattr(args, "dataloader_type", None) == "external":
+                found.append(
+                    "--dataloader-type external: its batches have no boundaries of documents. Use single or cyclic"
+                )
     except ValueError as error:
         found.append(str(error))
     return found
@@ -79,13 +83,12 @@ def plan_masking(args: Any, config: ExactConfig, core: tuple[int, int] | None = 
         getattr(args, f"{name}_parallel_size", 1) or 1 for name in ("context", "tensor_model", "pipeline_model")
     )
     flag = "--dataloader-inter-document-masking"
+    samples = max(args.micro_batch_size or 1, getattr(args, "eval_micro_batch_size", None) or 1)
     if getattr(args, "dataloader_inter_document_masking", False):
         if cp > 1:
             wrong = f"wrong with --context-parallel-size {cp}"
-        elif (args.micro_batch_size or 1) > 1 and tp * pp > 1:
-            wrong = (
-                f"not right with --micro-batch-size {args.micro_batch_size} over {tp} tensor and {pp} pipeline ranks"
-            )
+        elif samples > 1 and tp * pp > 1:
+            wrong = f"not right with micro-batches of {samples} samples over {tp} tensor and {pp} pipeline ranks"
         else:
             return UPSTREAM, f"masked by {flag} (Megatron-LM's)"
         return OWN, f"masked by DocumentAttention, in place of {flag}, which is {wrong}"
@@ -96,6 +99,15 @@ def plan_masking(args: Any, config: ExactConfig, core: tuple[int, int] | None = 
                 "masked by DocumentAttention, in place of the dense masks of --reset-attention-mask",
             )
         if args.transformer_impl == "local" and not args.spec and cp == 1:
+            # The fused kernel for causal masks ignores the mask it is given (fused_softmax.py).
+            for name, unmasked, remedy in (
+                ("masked_softmax_fusion", True, "add --no-masked-softmax-fusion"),
+                ("create_attention_mask_in_dataloader", False, "leave out --no-create-attention-mask-in-dataloader"),
+            ):
+                if getattr(args, name, not unmasked) == unmasked:
+                    raise ValueError(
+                        f"before Megatron-LM 0.16 --reset-attention-mask masks nothing with {name}={unmasked}: {remedy}"
+                    )
             return UPSTREAM, "masked by the dense masks of --reset-attention-mask (Megatron-LM's)"
         raise ValueError(
             "before Megatron-LM 0.16 only --transformer-impl local without --spec and without context parallelism masks documents "
