@@ -28,8 +28,10 @@ from unittest.mock import MagicMock
 def install() -> None:
     """Answer for the GPU in megatron.core and megatron.training."""
     from exact_megatron.training import cpu_runtime
+    from exact_megatron.training.torch_adam import restore_torch_adam_steps
 
     cpu_runtime.install()
+    restore_torch_adam_steps()
     import torch
 
     absent = [m for m in ("triton", "triton.language") if importlib.util.find_spec("triton") is None]
