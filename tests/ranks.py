@@ -18,6 +18,15 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+def end(processes: list[subprocess.Popen]) -> None:
+    """Kill what is left of processes that were started in sessions of their own."""
+    for process in processes:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
 def launch(script: str, arguments: list[str], world: int, timeout: float = 240) -> None:
     """Run tests/SCRIPT ARGUMENTS as `world` ranks; AssertionError with the output of the rank that failed."""
     port = str(free_port())
@@ -47,10 +56,6 @@ def launch(script: str, arguments: list[str], world: int, timeout: float = 240) 
     try:
         outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
     finally:
-        for rank in ranks:
-            try:
-                os.killpg(rank.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        end(ranks)
     for number, (rank, output) in enumerate(zip(ranks, outputs)):
         assert rank.returncode == 0, f"rank {number} of {world} ended with {rank.returncode}:\n{output[-6000:]}"

@@ -9,7 +9,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from ranks import end
 
 HERE = Path(__file__).parent
 SEQ_LENGTH = 64
@@ -148,11 +148,7 @@ def run_jobs(checkout: Path, folder: Path, world: int, jobs: list[dict], seconds
         for rank in ranks:
             rank.wait(timeout=max(1, deadline - time.monotonic()))
     finally:
-        for rank in ranks:
-            try:
-                os.killpg(rank.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        end(ranks)
     for number, rank in enumerate(ranks):
         assert rank.returncode == 0, (folder / f"ranks{world}.{number}").read_text()[-4000:]
 
