@@ -37,12 +37,11 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from .context_parallel import Exchange, GatherSpans, LocalKV
+from .supported import COMM_TYPES, check_supported
 
 __all__ = ["DocumentAttention", "DocumentBoundaries", "check_supported", "document_boundaries"]
 
 MODES = ("auto", "ulysses", "gather")
-# Megatron's words for them. p2p, a ring, is what Megatron-LM has where nothing was asked for.
-COMM_TYPES = {None: "auto", "p2p": "auto", "a2a": "ulysses", "all_gather": "gather"}
 KERNELS = ("auto", "te", "varlen", "sdpa")
 Lengths = tuple[int, ...]
 
@@ -127,47 +126,6 @@ def _chunk_plan(cuts: Lengths, seq_length: int, rank: int, cp: int) -> list[tupl
 def _cu_seqlens(lengths: Lengths, device: torch.device) -> Tensor:
     # a blocking copy would wait for the whole stream
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
-
-
-_REFUSED = {
-    "multi_latent_attention": "use multi-head or grouped-query attention",
-    "experimental_attention_variant": "unset it",
-    "is_hybrid_model": "state-space layers carry their state across documents",
-    "window_size": "sliding windows are not built, unset it",
-    "attention_dropout": "set it to 0.0",
-    "softmax_type": "use 'vanilla'",
-    "qk_clip log_max_attention_logit": "the kernels return no logits, unset it",
-    "fp8_dot_product_attention fp8_multi_head_attention": "unset it, fp8 linear layers are fine",
-    "mtp_num_layers": "multi-token prediction rolls labels by cu_seqlens as if the batch were thd, unset it",
-    "hybrid_context_parallel": "use context_parallel_size alone",
-    "cuda_graph_impl enable_cuda_graph external_cuda_graph": "a graph keeps its first boundaries, unset it",
-}
-
-
-def check_supported(config: Any, seq_length: int | None = None) -> None:
-    """Refuse by name what DocumentAttention would compute wrongly or not at all.
-
-    Args:
-        config: TransformerConfig of any megatron-core version; a field that it lacks counts as unset.
-        seq_length: S, to check what it must divide by; None leaves that out.
-
-    Raises:
-        ValueError: every refused setting with its value and remedy, one a line.
-    """
-    cp, tp = (getattr(config, f"{n}_parallel_size", None) or 1 for n in ("context", "tensor_model"))
-    asked = [(name, remedy) for names, remedy in _REFUSED.items() for name in names.split()]
-    if cp > 1:
-        asked.append(("fused_single_qkv_rope", "its RoPE does not know context parallelism, unset it"))
-    values = [(name, getattr(config, name, None), remedy) for name, remedy in asked]
-    off = (None, False, 0, "none", "vanilla")
-    found = [f"{name}={value!r}: {remedy}" for name, value, remedy in values if value not in off]
-    if seq_length is not None and cp > 1 and seq_length % (2 * cp):
-        found.append(f"seq_length={seq_length} with context_parallel_size={cp}: use a multiple of {2 * cp}")
-    elif seq_length is not None and getattr(config, "sequence_parallel", False) and seq_length // cp % tp:
-        found.append(f"sequence_parallel=True with {seq_length}/{cp} tokens a rank (seq_length/cp): use a "
-                     f"seq_length that leaves a multiple of tensor_model_parallel_size={tp}")  # fmt: skip
-    if found:
-        raise ValueError("DocumentAttention does not support\n  " + "\n  ".join(found))
 
 
 # Kernels: query [tq, heads, d], key and value [tk, kv_heads, d], lengths -> output [tq, heads, d] in pieces.

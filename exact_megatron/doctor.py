@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .allocation import WeightTable
-from .config import ExactConfig
+from .config import ExactConfig, ExactError
 from .exposure import ExposureCensus
-from .integrations.megatron_lm_plan import plan_masking, refusals
-from .integrations.settings import take_settings
+from .integrations.megatron_lm_plan import plan_masking, read_arguments, refusals, training_data
+from .launch import parse
 from .packing import read_index
 
 
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report; 1 if the run would be refused or no host can run it."""
+    """Print the report; 1 if the run would be refused."""
     rest = list(args.line)
     if "--json" in rest:  # REMAINDER takes what follows the first positional
         rest.remove("--json")
@@ -42,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
     script = next((a for a in rest if a.endswith(".py")), None)
     report["hosts"] = hosts(Path(script).parent if script else _checkout())
     if script:
-        report["run"] = _guarded(lambda: megatron_lm_run(rest))
+        report["run"] = megatron_lm_run(rest)
     elif args.config or rest:
-        report["run"] = _guarded(lambda: native_run(args.config, rest))
+        report["run"] = native_run(args.config, rest)
     print(json.dumps(report, indent=1) if args.json else "\n".join(lines(report)))
     return 1 if report.get("run", {}).get("refused") else 0
 
@@ -164,88 +166,106 @@ def checkout_core(checkout: Path) -> tuple[int, int] | None:
     return (int(major[1]), int(minor[1])) if major and minor else None
 
 
-def _guarded(look: Any) -> dict[str, Any]:
-    try:
-        return look()
-    except (ValueError, FileNotFoundError) as error:
-        return {"refused": [str(error)]}
+def _problems(*looks: Callable[[], Any]) -> list[str]:
+    """What each look raises, in words."""
+    found = []
+    for look in looks:
+        try:
+            look()
+        except ImportError as error:
+            found.append(f"{error.name or error} cannot be imported here: pip install exact-megatron[all]")
+        except (ValueError, OSError, ExactError) as error:
+            found.append(str(error))
+    return found
 
 
 def native_run(config: str | None, overrides: list[str]) -> dict[str, Any]:
-    """What `exact-megatron train` would do with this configuration."""
-    from .training.config import load_config, parse_blend
+    """What `exact-megatron train` would do with this configuration on this machine."""
+    from .training.config import load_config
 
-    run = load_config(config, overrides)
+    runs: list[Any] = []
+    refused = _problems(lambda: runs.append(load_config(config, overrides)))
+    if refused:
+        return {"refused": refused}
+    run = runs[0]
     data = run.model.data
-    given = data.data_prefix
-    blend = given.get("train") if isinstance(given, dict) else given
-    prefixes = parse_blend(blend if isinstance(blend, list) else [blend])[0] if blend else []
     masking = (
         "masked by DocumentAttention" if data.document_masking else "not masked: documents in a sample see each other"
     )
-    return _effect(run.model.exact, data.seq_length, prefixes, masking, data.eod_mask_loss)
+
+    def prefixes() -> list[str]:
+        from .training.vocabulary import data_prefixes
+
+        blends = data_prefixes(run)
+        blend = blends.get("train") or blends["all"]
+        return blend[0] if blend else []
+
+    def on_this_machine() -> None:
+        from .training.model import transformer_config, uses_transformer_engine
+        from .training.trainer import runs_on_cpu
+
+        runs_on_cpu(run)
+        uses_transformer_engine(run)
+        transformer_config(run)
+
+    def start() -> None:
+        from .training.checkpoint import checkpoints, find_checkpoint
+
+        if run.restore_from_path is not None and not checkpoints(run.exp_manager.exp_dir):
+            find_checkpoint(run.restore_from_path)
+
+    def vocabulary() -> None:
+        from .training.vocabulary import read_vocabulary
+
+        read_vocabulary(run)
+
+    refused = _problems(vocabulary, on_this_machine, start)
+    return _effect(run.model.exact, data.seq_length, prefixes, masking, data.eod_mask_loss, refused)
 
 
 def megatron_lm_run(command: list[str]) -> dict[str, Any]:
     """What `exact-megatron launch` would do with this command line: [settings] SCRIPT ARGUMENTS."""
-    config, rest = take_settings(command, os.environ)
-    script = Path(rest[0])
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name, default in (
-        ("--seq-length", None), ("--context-parallel-size", 1), ("--tensor-model-parallel-size", 1),
-        ("--pipeline-model-parallel-size", 1), ("--micro-batch-size", None), ("--mtp-num-layers", None),
-    ):  # fmt: skip
-        parser.add_argument(name, type=int, default=default)
-    for name in ("--spec", "--data-path", "--train-data-path"):
-        parser.add_argument(name, nargs="*")
-    for name in ("--logits-load-dir", "--export-kd-teacher-load"):
-        parser.add_argument(name)
-    parser.add_argument("--transformer-impl", default="transformer_engine")
-    for name in ("reset-attention-mask", "eod-mask-loss", "calculate-per-token-loss", "dataloader-inter-document-masking", "sft",
-                 "mock-data", "fim-data", "use-legacy-models", "perform-rl-step", "hybrid-context-parallel", "modelopt-enabled",
-                 "overlap-moe-expert-parallel-comm"):  # fmt: skip
-        parser.add_argument(f"--{name}", action="store_true")
-    # Megatron-LM's defaults are true.
-    parser.add_argument("--no-masked-softmax-fusion", dest="masked_softmax_fusion", action="store_false")
-    parser.add_argument(
-        "--no-create-attention-mask-in-dataloader", dest="create_attention_mask_in_dataloader", action="store_false"
-    )
-    parser.add_argument("--dataloader-type")
-    parser.add_argument("--eval-micro-batch-size", type=int)
-    args, _ = parser.parse_known_args(rest[1:])
+    parsed: list[Any] = []
+    refused = _problems(lambda: parsed.extend(parse(command, os.environ)))
+    refused = refused or _problems(lambda: parsed.append(read_arguments(parsed[2])))
+    if refused:
+        return {"refused": refused}
+    config, script, _, args = parsed
     core = checkout_core(script.parent)
+    if not config.enabled:
+        return _effect(config, None, list, "the script's own: EXACT is not enabled", False, [])
     hooked = megatron_lm(script.parent)
-    refused = [hooked] if hooked.startswith("no") else []
-    if config.enabled:
-        refused += refusals(args, config, core)
-    try:
-        masking = plan_masking(args, config, core)[1] if config.enabled else "the script's own: EXACT is not enabled"
-    except ValueError:
-        masking = "not masked: documents in a sample would see each other"
-    blend = args.train_data_path or args.data_path or []
-    prefixes = [entry for entry in blend if not re.fullmatch(r"[\d.eE+-]+", entry)]
-    effect = _effect(config, args.seq_length, prefixes, masking, args.eod_mask_loss)
-    return effect | {"refused": (refused if config.enabled else []) + effect["refused"]}
+    refused = ([hooked] if hooked.startswith("no") else []) + refusals(args, config, core)
+    masking = "not masked: documents in a sample would see each other"
+    with contextlib.suppress(ValueError):  # one of the refusals
+        masking = plan_masking(args, config, core)[1]
+    return _effect(config, args.seq_length, lambda: training_data(args), masking, args.eod_mask_loss, refused)
 
 
-def _effect(exact: ExactConfig, seq_length: int | None, prefixes: list[str], masking: str, eod: bool) -> dict[str, Any]:
+def _effect(
+    exact: ExactConfig,
+    seq_length: int | None,
+    prefixes: Callable[[], list[str]],
+    masking: str,
+    eod: bool,
+    refused: list[str],
+) -> dict[str, Any]:
     """Window, tau and tail share of data in stored order, once; the run itself counts its own stream, blend and epochs."""
-    found: dict[str, Any] = {"enabled": exact.enabled, "documents": masking, "refused": []}
-    if seq_length is None:
-        return found | {"window": None}
-    config = exact.validated(seq_length)
-    found |= {"window": seq_length, "tau": config.tau, "alpha": config.alpha, "gamma": config.gamma}
-    if prefixes:
-        parts = [
-            ExposureCensus.from_document_lengths(read_index(p).lengths, seq_length, eod_mask_loss=eod) for p in prefixes
-        ]
-        table = WeightTable.from_census(sum(parts[1:], parts[0]), config)
-        found |= {
-            "tail_share": table.tail_share,
-            "weighted_tail_share": table.weighted_tail_share,
-            "data": len(prefixes),
-        }
-    return found
+    found: dict[str, Any] = {"enabled": exact.enabled, "documents": masking, "window": seq_length}
+
+    def count() -> None:
+        assert seq_length is not None
+        config = exact.validated(seq_length)
+        found.update(tau=config.tau, alpha=config.alpha, gamma=config.gamma)
+        indices = [read_index(prefix) for prefix in prefixes()]
+        parts = [ExposureCensus.from_document_lengths(i.lengths, seq_length, eod_mask_loss=eod) for i in indices]
+        if parts:
+            table = WeightTable.from_census(sum(parts[1:], parts[0]), config)
+            found.update(tail_share=table.tail_share, weighted_tail_share=table.weighted_tail_share, data=len(indices))
+
+    problems = _problems(count) if seq_length is not None else []
+    known = {line for reason in refused for line in reason.splitlines()}
+    return found | {"refused": refused + [p for p in problems if exact.enabled and p not in known]}
 
 
 def lines(report: dict[str, Any]) -> list[str]:
@@ -259,12 +279,13 @@ def lines(report: dict[str, Any]) -> list[str]:
     if "window" in run:
         text.append(f"{'EXACT':<20}{'enabled' if run['enabled'] else 'off: model.exact.enabled=false'}")
         text.append(f"{'documents':<20}{run['documents']}")
-    if run.get("window"):
+    if run.get("tau"):
         text.append(f"{'window, tau':<20}{run['window']}, {run['tau']} (alpha {run['alpha']}, gamma {run['gamma']})")
     if "tail_share" in run:
         share = f"{run['tail_share']:.1%} of the targets, {run['weighted_tail_share']:.1%} of the weight"
         text.append(f"{'tail':<20}{share} ({run['data']} file pairs in stored order, once)")
-    text += [f"{'refused':<20}{reason}" for reason in run["refused"]] or [
-        f"{'refused':<20}nothing that doctor looks at (the model's own settings are checked when it is built)"
+    reasons = [line for reason in run["refused"] for line in reason.splitlines()]
+    text += [f"{'refused':<20}{line}" for line in reasons] or [
+        f"{'refused':<20}nothing: EXACT would start this run (layers of --spec and a checkpoint's weights are looked at when loaded)"
     ]
     return text

@@ -8,7 +8,7 @@ main module once more; that is then this one, guarded below, and not the trainin
 
 Settings may stand anywhere on the line: `model.exact.alpha=0.2`, `--exact-alpha 0.2`, `--exact-config FILE`; the environment
 has EXACT_ALPHA and EXACT_CONFIG. Files yield to the environment, the environment to the line. Without
-model.exact.enabled=true the script runs as it is.
+model.exact.enabled=true the script runs as it is, and refuses to go on from a checkpoint that was trained with weights.
 """
 
 from __future__ import annotations
@@ -73,18 +73,16 @@ def run_script(config: ExactConfig, script: Path, arguments: list[str]) -> None:
         0, str(script.resolve().parent)
     )  # before megatron is imported: the checkout's own core is to be used
     sys.argv = [str(script), *arguments]
-    host = None
-    if config.enabled:
-        import megatron.training
-        import megatron.training.training
+    import megatron.training
+    import megatron.training.training
 
-        from .integrations.megatron_lm import MegatronLM
+    from .integrations.megatron_lm import MegatronLM
 
-        host = MegatronLM(config)
-        hooked = host.hook(megatron.training.pretrain)
-        megatron.training.pretrain = megatron.training.training.pretrain = hooked
+    host = MegatronLM(config)
+    hooked = host.hook(megatron.training.pretrain)
+    megatron.training.pretrain = megatron.training.training.pretrain = hooked
     exec(compile(script.read_bytes(), str(script), "exec"), {"__name__": "__main__", "__file__": str(script)})
-    if host is not None and not host.hooked:
+    if config.enabled and not host.hooked:
         raise ExactError(
             f"{script} ended and never called megatron.training.pretrain: model.exact.enabled=true, but nothing was hooked"
         )

@@ -20,7 +20,7 @@ from exact_megatron import ExactConfig, doctor
 from exact_megatron.cli import main
 from exact_megatron.integrations.documents import feed_documents, join_boundaries
 from exact_megatron.integrations.hooks import replaced, script_global
-from exact_megatron.integrations.megatron_lm import MegatronLM, from_command_line
+from exact_megatron.integrations.megatron_lm import MegatronLM, from_command_line, whole_intervals
 from exact_megatron.integrations.megatron_lm_plan import NONE, OWN, UPSTREAM, plan_masking, refusals
 from exact_megatron.integrations.settings import take_settings
 from exact_megatron.launch import parse
@@ -92,7 +92,7 @@ def test_the_command_wants_a_script(line, capsys):
     assert "exact-megatron launch: " in capsys.readouterr().err
 
 
-ARGS = {"micro_batch_size": 1, "transformer_impl": "transformer_engine", "spec": None}
+ARGS = {"micro_batch_size": 1, "transformer_impl": "transformer_engine", "spec": None, "data_path": ["x"]}
 DENSE, THD = {"reset_attention_mask": True}, {"dataloader_inter_document_masking": True}
 
 
@@ -140,6 +140,24 @@ def test_old_cores_cannot_mask_all_layers(args):
     ("args", "words"),
     [
         ({"mtp_num_layers": 1}, "multi-token prediction"),
+        ({"data_path": None}, "give --data-path"),
+        ({"export_quant_cfg": "fp8"}, "unset --export-quant-cfg"),
+        ({"export_num_medusa_heads": 2}, "unset --export-num-medusa-heads"),
+        ({"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"}, "the weight of the first"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1: set it to 0.0"),
+        ({"multi_latent_attention": True}, "multi_latent_attention=True"),
+        ({"cuda_graph_impl": "local"}, "cuda_graph_impl='local'"),
+        ({"window_size": (128, 0)}, "sliding windows"),
+        ({"context_parallel_size": 2, "seq_length": 66}, "use a multiple of 4"),
+        ({"context_parallel_size": 2, "cp_comm_type": ["a2a+p2p"]}, "cp_comm_type='a2a+p2p'"),
+        (
+            {"context_parallel_size": 2, "cp_comm_type": ["a2a"], "num_query_groups": 1, "group_query_attention": True},
+            "1 KV heads",
+        ),
+        (
+            {"tensor_model_parallel_size": 4, "context_parallel_size": 2, "seq_length": 20, "sequence_parallel": True},
+            "multiple of tensor",
+        ),
         ({"modelopt_enabled": True}, "modelopt"),
         ({"export_kd_teacher_load": "x"}, "distillation"),
         ({"logits_load_dir": "x"}, "cached logits"),
@@ -158,6 +176,17 @@ def test_runs_that_would_be_weighted_wrongly_are_refused(args, words):
     assert refusals(Namespace(**ARGS | DENSE), ExactConfig(), (0, 16)) == []
     (reason,) = refusals(Namespace(**ARGS | DENSE | args), ExactConfig(), (0, 16))
     assert words in reason
+
+
+def test_unset_modelopt_arguments_are_no_reason():
+    unset = {
+        "export_real_quant_cfg": "None",
+        "export_quant_cfg": None,
+        "export_num_medusa_heads": 0,
+        "modelopt_enabled": False,
+    }
+    assert refusals(Namespace(**ARGS | DENSE | unset), ExactConfig(), (0, 13)) != []  # Transformer Engine's layers
+    assert refusals(Namespace(**ARGS | DENSE | unset), ExactConfig(), (0, 16)) == []
 
 
 # A host: what pretrain_gpt.py and megatron.training are to the hook.
@@ -181,6 +210,24 @@ def provider(sizes):
 """
 
 
+def training_log(loss_dict, total_loss_dict, iteration, skipped_iter, is_first_iteration=False):
+    """As Megatron-LM sums losses over a log interval, and what it prints: means above 0."""
+    if not skipped_iter:
+        total_loss_dict["advanced"] = total_loss_dict.get("advanced", 0) + 1
+        for key in loss_dict:
+            total_loss_dict[key] = total_loss_dict.get(key, torch.tensor([0.0])) + loss_dict[key]
+    printed = {}
+    if iteration % 4 == 0 or is_first_iteration:
+        for key in set(total_loss_dict) - {"advanced"}:
+            mean = total_loss_dict[key].item() / max(1, total_loss_dict["advanced"])
+            printed |= {key: round(mean, 4)} if mean > 0 else {}
+            if not is_first_iteration:
+                total_loss_dict[key] = torch.tensor([0.0])
+        if not is_first_iteration:
+            total_loss_dict["advanced"] = 0
+    return printed
+
+
 class Host:
     """A script, its pretrain, and the arguments that megatron.training.get_args returns."""
 
@@ -192,9 +239,12 @@ class Host:
             types.ModuleType("megatron.training.checkpointing"),
         )
         training.get_args, training.pretrain, training.checkpointing = lambda: self.args, self.pretrain, checkpointing
+        training.training = types.ModuleType("megatron.training.training")
+        training.training.training_log = training_log
         checkpointing.check_checkpoint_args = lambda checkpoint_args: None
         self.checkpointing = checkpointing
         monkeypatch.setitem(sys.modules, "megatron.training", training)
+        monkeypatch.setitem(sys.modules, "megatron.training.training", training.training)
         monkeypatch.setitem(sys.modules, "megatron.training.checkpointing", checkpointing)
         monkeypatch.setattr(sys.modules["megatron"], "training", training, raising=False)
         self.script = {"cls": cls, "config": config}
@@ -259,6 +309,49 @@ def test_a_resume_with_other_weights_is_refused(monkeypatch, config):
     accepted = ExactConfig(enabled=True, alpha=0.4, allow_unmasked_documents=True, allow_changed_weights=True)
     assert host.run(MegatronLM(accepted), resumed=saved) == "trained"
     assert host.run(MegatronLM(other), resumed=Namespace()) == "trained"  # from a run without EXACT
+
+
+def test_a_weighted_checkpoint_does_not_go_on_unweighted_in_silence(monkeypatch, config):
+    host = Host(monkeypatch, config)
+    saved = Namespace(exact={"table": "x", "census": "y"})
+    check = host.checkpointing.check_checkpoint_args
+    off = MegatronLM(ExactConfig())
+    monkeypatch.setattr(Host, "pretrain", lambda self, *a, resumed: self.checkpointing.check_checkpoint_args(resumed))
+    call = lambda exact, args: exact.hook(stub(host))(None, None, resumed=args)
+    with pytest.raises(ValueError, match="does not enable them"):
+        call(off, saved)
+    call(off, Namespace())  # from a run without EXACT
+    call(MegatronLM(ExactConfig(allow_changed_weights=True)), saved)
+    assert host.checkpointing.check_checkpoint_args is check
+
+
+def stub(host):
+    return lambda train_valid_test_dataset_provider, forward_step_func, resumed: host.pretrain(resumed=resumed)
+
+
+def test_means_over_a_log_interval_leave_out_steps_without_a_target(monkeypatch):
+    nan, bucket = float("nan"), "lm loss 32-64"
+    monkeypatch.setitem(
+        sys.modules, "megatron.training", types.SimpleNamespace(get_args=lambda: Namespace(log_interval=4))
+    )
+    for values, mean in (
+        ([1.0, 2.0, 3.0, 6.0], 3.0), ([nan, 2.0, nan, 4.0], 3.0), ([2.0, 4.0, 3.0, nan], 3.0), ([nan] * 4, None),
+        ([nan, None, 5.0, 7.0], 6.0), ([5.0, 7.0, nan, None], 6.0),  # None: the step was skipped
+    ):  # fmt: skip
+        log, totals = whole_intervals(training_log), {}
+        for interval in range(2):  # the second is summed anew
+            for step, value in enumerate(values, 1):
+                losses = {"lm loss": torch.tensor(5.0), bucket: torch.tensor(value or 0.0)}
+                printed = log(losses, totals, iteration=4 * interval + step, skipped_iter=value is None)
+            assert printed.get(bucket) == mean and printed["lm loss"] == 5.0
+    log, totals = whole_intervals(training_log), {}
+    first = {"lm loss": torch.tensor(1.0), bucket: torch.tensor(1.0)}
+    assert log(first, totals, 1, 0, is_first_iteration=True) == {"lm loss": 1.0, bucket: 1.0}
+    for step, value in ((2, nan), (3, 3.0), (4, nan)):
+        printed = log({bucket: torch.tensor(value)}, totals, step, 0)
+    assert printed[bucket] == 2.0
+    with pytest.raises(RuntimeError, match="training_log takes"):
+        whole_intervals(lambda losses: None)
 
 
 def test_a_refused_run_takes_no_step(monkeypatch, config):
@@ -326,7 +419,7 @@ def test_hooking_twice_is_refused(monkeypatch, config):
 def test_a_patched_script_takes_its_settings_from_the_command_line(monkeypatch):
     pretrain = lambda train_valid_test_dataset_provider, forward_step_func: None
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--lr", "1", "--exact-alpha", "0.2"])
-    assert from_command_line(pretrain) is pretrain
+    assert not from_command_line(pretrain).exact.config.enabled
     assert sys.argv == ["pretrain_gpt.py", "--lr", "1"]
     monkeypatch.setenv("EXACT_ENABLED", "true")
     assert from_command_line(pretrain).exact.config.enabled
@@ -416,7 +509,8 @@ def test_doctor_fits_a_screen_and_fails_for_a_run_that_would(capsys, write_corpu
         assert name in text
     prefix = write_corpus(np.array([100, 300, 64], np.int32))
     (tmp_path / "pretrain_gpt.py").write_text(SCRIPT.replace("provider(", "train_valid_test_datasets_provider("))
-    line = ["doctor", ON, str(tmp_path / "pretrain_gpt.py"), "--seq-length", "64", "--data-path", prefix, "--bf16"]
+    line = ["doctor", ON, str(tmp_path / "pretrain_gpt.py"), "--seq-length", "64", "--data-path", prefix, "--bf16",
+            "--attention-dropout", "0"]  # fmt: skip
     assert main([*line, "--reset-attention-mask", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["run"]["tau"] == 16 and 0 < report["run"]["tail_share"] < report["run"]["weighted_tail_share"] < 1
@@ -427,6 +521,67 @@ def test_doctor_fits_a_screen_and_fails_for_a_run_that_would(capsys, write_corpu
     assert main(["doctor", ON, str(tmp_path / "missing" / "pretrain_gpt.py")]) == 1
     assert main(["doctor", "model.exact.alhpa=1"]) == 1
     assert "did you mean" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--attention-dropout", "0.1"], "attention_dropout=0.1"),
+        (["--multi-latent-attention"], "multi_latent_attention"),
+        (["--context-parallel-size", "4", "--seq-length", "60"], "use a multiple of 8"),
+        (["--context-parallel-size", "2", "--cp-comm-type", "a2a+p2p"], "a2a+p2p"),
+        (["--context-parallel-size", "2", "--cp-comm-type", "a2a", "--group-query-attention", "--num-query-groups", "1"], "1 KV heads"),
+        (["--window-size", "(128,0)"], "sliding windows"),
+        (["--fp8-dot-product-attention"], "fp8_dot_product_attention"),
+        (["--cuda-graph-impl", "local"], "cuda_graph_impl"),
+        (["--qk-clip"], "qk_clip"),
+        (["--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "te"], "fused cross entropy"),
+        (["--softmax-type", "learnable"], "softmax_type"),
+        (["--iterations-to-skip", "3", "4"], "--iterations-to-skip"),
+        (["--mtp-num-layers", "1"], "multi-token"),
+        (["--mock-data"], "mock"),
+        (["--export-quant-cfg", "fp8"], "modelopt"),
+        (["--seq-length", "abc"], "invalid int value: 'abc'"),
+        (["--yaml-cfg", "a.yaml"], "--yaml-cfg"),
+        (["--data-path", "missing"], "missing"),
+        (["--data-args-path", "missing.txt"], "missing.txt"),
+        (["model.exact.tau=256", "--seq-length", "512"], "no target has an effective context of tau=256"),
+    ],
+)  # fmt: skip
+def test_doctor_fails_for_what_the_launcher_refuses(more, words, capsys, write_corpus, tmp_path):
+    prefix = write_corpus(np.array([50, 30, 64] * 8, np.int32))
+    (tmp_path / "pretrain_gpt.py").write_text(SCRIPT.replace("provider(", "train_valid_test_datasets_provider("))
+    line = ["doctor", ON, str(tmp_path / "pretrain_gpt.py"), "--seq-length", "64", "--data-path", prefix, "--attention-dropout", "0",
+            "--reset-attention-mask"]  # fmt: skip
+    assert main(line) == 0
+    assert "nothing: EXACT would start this run" in capsys.readouterr().out
+    assert main([*line, *more]) == 1
+    assert words in capsys.readouterr().out.partition("refused")[2]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("model.fp8=true", "model.fp8=true needs a GPU and Transformer Engine"),
+        ("model.transformer_engine=true", "needs a GPU and the package transformer-engine"),
+        ("trainer.accelerator=gpu", "torch finds 0 CUDA devices"),
+        ("restore_from_path=missing", "no checkpoint at missing"),
+        ("model.data.data_prefix=missing", "missing"),
+        ("model.data.eod_id=99", "model.data.eod_id=99"),
+        ("model.exact.tau=63", "tau"),
+        ("model.attention_dropout=0.1", "model.attention_dropout=0.1"),
+        ("model.typo=1", "model.typo"),
+    ],
+)
+def test_doctor_fails_for_what_the_native_runner_refuses(more, words, capsys, write_corpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lengths = np.array([50, 30, 40], np.int32)
+    prefix = write_corpus(lengths, tokens=np.arange(lengths.sum()) % 64)
+    line = ["doctor", ON, f"model.data.data_prefix={prefix}", "model.data.seq_length=64", "model.override_vocab_size=64",
+            "model.data.eod_id=0", "trainer.devices=1", "trainer.accelerator=auto", "model.num_layers=2"]  # fmt: skip
+    assert main(line) == 0, capsys.readouterr().out
+    assert main([*line, more]) == 1
+    assert words in capsys.readouterr().out.partition("refused")[2]
 
 
 def test_doctor_tells_nvidias_apex_from_the_other(monkeypatch, tmp_path):

@@ -61,8 +61,10 @@ def check_masked(model: Any, seq_length: int) -> None:
 
 def join_boundaries(cu_seqlens: torch.Tensor, seq_length: int) -> list[int]:
     """Boundaries int[b, S + 1] of b samples, each filled up with S, as one increasing list over the flattened micro-batch."""
-    starts = torch.arange(len(cu_seqlens))[:, None] * seq_length
-    return torch.unique(cu_seqlens.cpu().long() + starts).tolist()
+    joined: list[int] = []
+    for start, row in zip(range(0, len(cu_seqlens) * seq_length, seq_length), cu_seqlens.cpu()):
+        joined += (row[row < seq_length].long() + start).tolist()
+    return [*joined, len(cu_seqlens) * seq_length]
 
 
 def feed_documents(forward_step: Callable[..., Any], seq_length: int, device: Any = None) -> Callable[..., Any]:

@@ -7,8 +7,10 @@ What is replaced while `pretrain` runs, and given back when it returns (paths in
     pretrain_gpt.py: forward_step                    the same, with documents' boundaries for the model
     megatron/core/models/gpt/gpt_model.py: GPTModel  the same, with DocumentAttention, if EXACT masks the documents
     megatron/training/checkpointing.py: check_checkpoint_args   also compares the weights
+    megatron/training/training.py: training_log      the same, with interval means of buckets that some steps lack
 
-What EXACT would weight wrongly is refused on every rank before the first step, see megatron_lm_plan.py.
+A run that does not enable EXACT has check_checkpoint_args alone replaced, so that a checkpoint trained with weights does not go on
+without them in silence. What EXACT would weight wrongly is refused on every rank before the first step, see megatron_lm_plan.py.
 """
 
 from __future__ import annotations
@@ -32,15 +34,16 @@ from .megatron_lm_plan import OWN, core_version, plan_masking, refusals
 from .settings import take_settings
 
 logger = logging.getLogger(__name__)
+BUCKET = "lm loss "  # what ExactLoss names the losses of buckets by
 
 
 def from_command_line(pretrain: Callable[..., Any]) -> Callable[..., Any]:
-    """For scripts that were patched (patches/): take EXACT's settings out of sys.argv and hook `pretrain` if they enable it.
+    """For scripts that were patched (patches/): take EXACT's settings out of sys.argv and hook `pretrain`.
 
     Call it before Megatron-LM parses its arguments.
     """
     config, sys.argv[1:] = take_settings(sys.argv[1:], os.environ)
-    return MegatronLM(config).hook(pretrain) if config.enabled else pretrain
+    return MegatronLM(config).hook(pretrain)
 
 
 class MegatronLM:
@@ -83,6 +86,13 @@ class MegatronLM:
         def hooked(*args: Any, **kwargs: Any) -> Any:
             call = signature.bind(*args, **kwargs)
             with ExitStack() as stack:
+                from megatron.training import checkpointing
+
+                stack.enter_context(replaced(checkpointing, "check_checkpoint_args",
+                                             self._comparing(checkpointing.check_checkpoint_args)))  # fmt: skip
+                self.hooked = True
+                if not self.config.enabled:
+                    return pretrain(*args, **kwargs)
                 step = self._replace(stack, call.arguments["train_valid_test_dataset_provider"],
                                      call.arguments["forward_step_func"])  # fmt: skip
                 call.arguments["forward_step_func"] = step
@@ -95,7 +105,7 @@ class MegatronLM:
         import megatron.core
         from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
         from megatron.core.models.gpt.gpt_model import GPTModel
-        from megatron.training import checkpointing
+        from megatron.training import training
 
         if core_version() < (0, 13):
             raise ExactError(
@@ -114,7 +124,7 @@ class MegatronLM:
                 f"loss_func in {file_of(loss_func)} takes {parameters}, not (loss_mask, output_tensor, ...)"
             )
         weighted = self.loss.wrap(loss_func)
-        build_model, check = GPTModel.__init__, checkpointing.check_checkpoint_args
+        build_model = GPTModel.__init__
         fed: list[Callable[..., Any]] = []
 
         @functools.wraps(build_model)
@@ -125,11 +135,6 @@ class MegatronLM:
                 build_model(model, *args, **kwargs)
             check_masked(model, _arguments().seq_length)
             self.masked = True
-
-        @functools.wraps(check)
-        def compared(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
-            self._resumed = getattr(checkpoint_args, "exact", None)
-            return check(checkpoint_args, *args, **kwargs)
 
         @functools.wraps(forward_step)
         def step(*args: Any, **kwargs: Any) -> Any:
@@ -143,12 +148,25 @@ class MegatronLM:
             (inspect.unwrap(forward_step).__globals__, "loss_func", weighted),
             (inspect.unwrap(provider).__globals__, "BlendedMegatronDatasetBuilder", functools.partial(_Builder, self)),
             (GPTModel, "__init__", built),
-            (checkpointing, "check_checkpoint_args", compared),
+            (training, "training_log", whole_intervals(training.training_log)),
         ):
             stack.enter_context(replaced(owner, name, new))
         self.where = file_of(loss_func)
-        self.hooked = True
         return step
+
+    def _comparing(self, check: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(check)
+        def compared(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
+            self._resumed = getattr(checkpoint_args, "exact", None)
+            if self._resumed and not self.config.enabled and not self.config.allow_changed_weights:
+                raise ValueError(
+                    "the checkpoint was trained with EXACT's weights, and this run does not enable them: add "
+                    "model.exact.enabled=true, start anew with --finetune, or go on without weights with "
+                    "model.exact.allow_changed_weights=true"
+                )
+            return check(checkpoint_args, *args, **kwargs)
+
+        return compared
 
     def plan(self) -> tuple[str, str]:
         """(who masks the documents, one line that says so), decided once, when Megatron-LM has parsed its arguments.
@@ -202,8 +220,9 @@ class MegatronLM:
             raise ValueError(
                 "the checkpoint was trained with other weights:\n  "
                 + "\n  ".join(changed)
-                + "\nUse the settings and data of the "
-                "checkpoint, start anew with --finetune, or accept it with model.exact.allow_changed_weights=true"
+                + "\nUse the settings and data of the checkpoint, start anew with --finetune, or accept it with "
+                "model.exact.allow_changed_weights=true. Another census alone means that Megatron-LM packs other samples: data, "
+                "--split, --seed, or a number of samples that --train-iters or --global-batch-size changed"
             )
         logger.warning("resumed with other weights: %s", "; ".join(changed))
 
@@ -244,6 +263,54 @@ class _Builder(ExactDatasetBuilder):
             member.boundaries_only = self.boundaries_only
         self.host.built(self)
         return datasets
+
+
+def whole_intervals(training_log: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Megatron-LM's `training_log(loss_dict, total_loss_dict, ..., iteration, ..., skipped_iter, ...)` for losses of buckets.
+
+    A step without a target in a bucket has no mean for it (0/0), and the stock sum over a log interval would be NaN from there on.
+    Here the interval's mean is that of the steps that have one. A step without one is NaN in TensorBoard, which leaves a gap.
+
+    Raises:
+        ExactError: its arguments are others.
+    """
+    signature = inspect.signature(training_log)
+    names = ("loss_dict", "total_loss_dict", "iteration", "skipped_iter")
+    if not set(names) <= set(signature.parameters):
+        raise ExactError(f"megatron.training.training.training_log takes {list(signature.parameters)}, not {names}")
+    sums: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
+    steps = 0
+
+    @functools.wraps(training_log)
+    def logged(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        call = signature.bind(*args, **kwargs)
+        losses, totals, iteration, skipped = (call.arguments[name] for name in names)
+        buckets = {} if skipped else {key: value for key, value in losses.items() if key.startswith(BUCKET)}
+        steps += not skipped
+        for key, value in buckets.items():  # no .item(): the host must not wait for the device
+            sums[key] = sums.get(key, 0) + value.nan_to_num(0.0)
+            counts[key] = counts.get(key, 0) + ~value.isnan()
+        first = call.arguments.get("is_first_iteration", False)  # printed, and counted again in the interval after it
+        printed = first or iteration % _arguments().log_interval == 0
+        if printed:
+            for key in sums:
+                here = buckets.get(key)
+                mean = sums[key] / counts[key]
+                if here is not None and bool(here.isnan().any()):
+                    losses = {name: loss for name, loss in losses.items() if name != key}
+                    here = None
+                totals[key] = (mean * steps).nan_to_num(0.0) - (0 if here is None else here)
+            call.arguments["loss_dict"] = losses
+        result = training_log(*call.args, **call.kwargs)
+        if printed and not first:
+            sums.clear()
+            counts.clear()
+            steps = 0
+        return result
+
+    return logged
 
 
 def table_lines(table: WeightTable) -> list[str]:

@@ -3,9 +3,15 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ..config import ExactConfig
+from ..supported import unsupported, unsupported_loss
 
 OWN, UPSTREAM, NONE = "own", "upstream", "none"
 ASK = "--reset-attention-mask or, from Megatron-LM 0.19 on, --dataloader-inter-document-masking"
@@ -14,6 +20,11 @@ _REFUSED_ARGUMENTS = {
     "mtp_num_layers": "multi-token prediction uses the weights of one depth for another: unset --mtp-num-layers",
     "modelopt_enabled": "modelopt has a loss of its own: train without modelopt",
     "export_kd_teacher_load": "distillation has a loss of its own: unset --export-kd-teacher-load",
+    # Each of these selects modelopt's loss in core 0.13 and 0.14 (megatron/post_training/arguments.py: modelopt_args_enabled).
+    "export_quant_cfg": "modelopt has a loss of its own: unset --export-quant-cfg",
+    "export_real_quant_cfg": "modelopt has a loss of its own: unset --export-real-quant-cfg",
+    "export_num_medusa_heads": "modelopt has a loss of its own: unset --export-num-medusa-heads",
+    "export_num_eagle_layers": "modelopt has a loss of its own: unset --export-num-eagle-layers",
     "logits_load_dir": "distillation from cached logits has a loss of its own: unset --logits-load-dir",
     "sft": "SFT data are not GPTDataset's: unset --sft",
     "mock_data": "mock data have no documents: unset --mock-data and give --data-path",
@@ -28,6 +39,62 @@ _REFUSED_WITH_OWN_MASKING = {
     "iterations_to_skip": "skipping draws batches on some ranks only, and the boundaries would be another batch's: unset "
     "--iterations-to-skip",
 }
+_UNSET: tuple[Any, ...] = (None, False, 0, "", "None", [])
+_DATA = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
+
+
+def read_arguments(line: list[str]) -> argparse.Namespace:
+    """Megatron-LM's arguments as far as `refusals` and `plan_masking` look at them, with its defaults, from a command line.
+
+    Raises:
+        ValueError: a value of another kind, or arguments that are not on the line (--yaml-cfg).
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    whole = {"seq-length": None, "micro-batch-size": None, "eval-micro-batch-size": None, "mtp-num-layers": None,
+             "context-parallel-size": 1, "tensor-model-parallel-size": 1, "pipeline-model-parallel-size": 1,
+             "num-attention-heads": None, "num-query-groups": 1, "export-num-medusa-heads": 0, "export-num-eagle-layers": 0}  # fmt: skip
+    text = {"transformer-impl": "transformer_engine", "dataloader-type": None, "logits-load-dir": None,
+            "export-kd-teacher-load": None, "export-quant-cfg": None, "export-real-quant-cfg": None, "window-size": None,
+            "softmax-type": "vanilla", "cross-entropy-fusion-impl": "native", "cuda-graph-impl": "none",
+            "experimental-attention-variant": None, "data-args-path": None, "per-split-data-args-path": None,
+            "yaml-cfg": None}  # fmt: skip
+    for kind, defaults in ((int, whole), (str, text)):
+        for name, default in defaults.items():
+            parser.add_argument(f"--{name}", type=kind, default=default)
+    for name in ("spec", "data-path", "train-data-path", "cp-comm-type", "iterations-to-skip"):
+        parser.add_argument(f"--{name}", nargs="*")
+    for name in (
+        "reset-attention-mask", "eod-mask-loss", "calculate-per-token-loss", "dataloader-inter-document-masking", "sft",
+        "mock-data", "fim-data", "use-legacy-models", "perform-rl-step", "hybrid-context-parallel", "modelopt-enabled",
+        "overlap-moe-expert-parallel-comm", "group-query-attention", "multi-latent-attention", "is-hybrid-model", "qk-clip",
+        "log-max-attention-logit", "fp8-dot-product-attention", "fp8-multi-head-attention", "enable-cuda-graph",
+        "external-cuda-graph", "fused-single-qkv-rope", "cross-entropy-loss-fusion", "sequence-parallel",
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--attention-dropout", type=float, default=0.1)
+    for name in ("masked-softmax-fusion", "create-attention-mask-in-dataloader"):
+        parser.add_argument(f"--no-{name}", dest=name.replace("-", "_"), action="store_false")
+    try:
+        args, _ = parser.parse_known_args(line)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    if args.yaml_cfg:
+        raise ValueError(f"doctor reads a command line, and --yaml-cfg {args.yaml_cfg} holds the arguments of this run")
+    return args
+
+
+def training_data(args: Any) -> list[str]:
+    """Prefixes of the training data that the arguments name, weights left out.
+
+    Raises:
+        OSError, ValueError: the file that names them cannot be read.
+    """
+    blend = args.train_data_path or args.data_path or []
+    if args.data_args_path:
+        blend = Path(args.data_args_path).read_text().split()
+    elif args.per_split_data_args_path:
+        blend = json.loads(Path(args.per_split_data_args_path).read_text())["train"] or []
+    return [entry for entry in map(str, blend) if not re.fullmatch(r"[\d.eE+-]+", entry)]
 
 
 def refusals(args: Any, config: ExactConfig, core: tuple[int, int] | None = None) -> list[str]:
@@ -38,7 +105,10 @@ def refusals(args: Any, config: ExactConfig, core: tuple[int, int] | None = None
         config: the settings.
         core: version of megatron-core, (0, 16); None is the imported one.
     """
-    found = [text for name, text in _REFUSED_ARGUMENTS.items() if getattr(args, name, None)]
+    found = [text for name, text in _REFUSED_ARGUMENTS.items() if getattr(args, name, None) not in _UNSET]
+    found += unsupported_loss(args)
+    if not getattr(args, "mock_data", False) and not any(getattr(args, name, None) for name in _DATA):
+        found.append("no data were given, and there are no weights of mock data: give --data-path")
     cp = getattr(args, "context_parallel_size", 1) or 1
     if cp > 1 and getattr(args, "eod_mask_loss", False) and not getattr(args, "calculate_per_token_loss", False):
         found.append(
@@ -49,6 +119,11 @@ def refusals(args: Any, config: ExactConfig, core: tuple[int, int] | None = None
         masking, _ = plan_masking(args, config, core)
         if masking == OWN:
             found += [text for name, text in _REFUSED_WITH_OWN_MASKING.items() if getattr(args, name, None)]
+            model = SimpleNamespace(**{k: v for k, v in vars(args).items() if k not in _REFUSED_ARGUMENTS})
+            if not getattr(args, "group_query_attention", False):
+                model.num_query_groups = None  # as core_transformer_config_from_args has it
+            found += [f"documents are masked by DocumentAttention, which does not support {line}"
+                      for line in unsupported(model, getattr(args, "seq_length", None))]  # fmt: skip
             if getattr(args, "dataloader_type", None) == "external":
                 found.append(
                     "--dataloader-type external: its batches have no boundaries of documents. Use single or cyclic"

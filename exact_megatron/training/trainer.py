@@ -32,17 +32,30 @@ from .runlog import RunLog
 from .vocabulary import read_vocabulary
 
 
+def runs_on_cpu(run: RunConfig) -> bool:
+    """Whether the ranks run on the CPU.
+
+    Raises:
+        ValueError: this machine has not the GPUs that the run asks for.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if run.trainer.accelerator == "cpu" or (run.trainer.accelerator == "auto" and not gpus):
+        return True
+    if gpus < run.trainer.devices:
+        raise ValueError(
+            f"trainer.accelerator={run.trainer.accelerator} and trainer.devices={run.trainer.devices}, but torch finds {gpus} CUDA "
+            "devices: use a machine with more of them, fewer devices, or trainer.accelerator=cpu"
+        )
+    return False
+
+
 def init_distributed(run: RunConfig) -> torch.device:
     """Join the process group and build the model-parallel groups; returns this rank's device."""
-    on_cpu = run.trainer.accelerator == "cpu" or (run.trainer.accelerator == "auto" and not torch.cuda.is_available())
+    on_cpu = runs_on_cpu(run)
     if on_cpu:
         from . import cpu_runtime
 
         cpu_runtime.install()
-    elif not torch.cuda.is_available():
-        raise ValueError(
-            "trainer.accelerator=gpu, but torch finds no CUDA device: use a GPU machine or trainer.accelerator=cpu"
-        )
     device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if not on_cpu:
         torch.cuda.set_device(device)

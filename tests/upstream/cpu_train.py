@@ -3,8 +3,8 @@
     cpu_train.py CHECKOUT JOBS.json FOLDER
 
 A job is {"name", "port", "seconds", "mode", "arguments"}; mode "plain" executes the script alone, "launch" goes through
-exact_megatron.launch, "NAME.py" executes that script of the checkout alone. Each job is a fork of this process, which has paid
-for the imports; its output is FOLDER/NAME.RANK, its exit status the last line of it.
+exact_megatron.launch, "NAME.py" executes that script of the checkout alone. With a key "alone" the job has none of torchrun's variables.
+Each job is a fork of this process, which has paid for the imports; its output is FOLDER/NAME.RANK, its exit status the last line.
 
 The CPU runtime of this project answers for the GPU in megatron.core; what else megatron.training asks of a GPU is answered
 here. Layer specs for a CPU are in cpu_spec.py.
@@ -92,6 +92,8 @@ def main() -> None:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.environ["MASTER_PORT"] = str(job["port"])
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if "alone" in job else ():
+                del os.environ[name]
             status = 1
             try:
                 signal.alarm(job["seconds"])
