@@ -211,7 +211,8 @@ def provider(sizes):
 
 
 def training_log(loss_dict, total_loss_dict, iteration, skipped_iter, is_first_iteration=False):
-    """As Megatron-LM sums losses over a log interval, and what it prints: means above 0."""
+    """As Megatron-LM 0.19 sums losses over a log interval, and what it prints (before, means above 0 alone)."""
+    assert not skipped_iter or not any(value.isnan() for value in loss_dict.values()), "counted as NaN iteration"
     if not skipped_iter:
         total_loss_dict["advanced"] = total_loss_dict.get("advanced", 0) + 1
         for key in loss_dict:
@@ -220,7 +221,7 @@ def training_log(loss_dict, total_loss_dict, iteration, skipped_iter, is_first_i
     if iteration % 4 == 0 or is_first_iteration:
         for key in set(total_loss_dict) - {"advanced"}:
             mean = total_loss_dict[key].item() / max(1, total_loss_dict["advanced"])
-            printed |= {key: round(mean, 4)} if mean > 0 else {}
+            printed[key] = round(mean, 4)
             if not is_first_iteration:
                 total_loss_dict[key] = torch.tensor([0.0])
         if not is_first_iteration:
@@ -341,7 +342,7 @@ def test_means_over_a_log_interval_leave_out_steps_without_a_target(monkeypatch)
         log, totals = whole_intervals(training_log), {}
         for interval in range(2):  # the second is summed anew
             for step, value in enumerate(values, 1):
-                losses = {"lm loss": torch.tensor(5.0), bucket: torch.tensor(value or 0.0)}
+                losses = {"lm loss": torch.tensor(5.0), bucket: torch.tensor(nan if value is None else value)}
                 printed = log(losses, totals, iteration=4 * interval + step, skipped_iter=value is None)
             assert printed.get(bucket) == mean and printed["lm loss"] == 5.0
     log, totals = whole_intervals(training_log), {}

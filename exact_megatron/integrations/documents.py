@@ -90,6 +90,8 @@ def feed_documents(forward_step: Callable[..., Any], seq_length: int, device: An
                 "this rank got no document boundaries: its data were not built by ExactDatasetBuilder with emit_cu_seqlens"
             )
         cu_seqlens = batch.pop("cu_seqlens")
+        # core 0.19 cuts every key of the batch under context parallelism, and a blend's number of the data set has no sequence
+        batch.pop("dataset_id", None)
         where = device if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
         cuts = join_boundaries(cu_seqlens, seq_length)
         boundaries = document_boundaries(cuts, seq_length, len(cu_seqlens), device=where)

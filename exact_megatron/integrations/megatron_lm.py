@@ -269,7 +269,8 @@ def whole_intervals(training_log: Callable[..., Any]) -> Callable[..., Any]:
     """Return Megatron-LM's `training_log(loss_dict, total_loss_dict, ..., iteration, ..., skipped_iter, ...)` for losses of buckets.
 
     A step without a target in a bucket has no mean for it (0/0), and the stock sum over a log interval would be NaN from there on.
-    Here the interval's mean is that of the steps that have one. A step without one is NaN in TensorBoard, which leaves a gap.
+    Here the interval's mean is that of the steps that have one, and an interval without any prints none. A step without one is NaN in
+    TensorBoard, which leaves a gap.
 
     Raises:
         ExactError: its arguments are others.
@@ -287,7 +288,9 @@ def whole_intervals(training_log: Callable[..., Any]) -> Callable[..., Any]:
         nonlocal steps
         call = signature.bind(*args, **kwargs)
         losses, totals, iteration, skipped = (call.arguments[name] for name in names)
-        buckets = {} if skipped else {key: value for key, value in losses.items() if key.startswith(BUCKET)}
+        buckets = {key: value for key, value in losses.items() if key.startswith(BUCKET)}
+        if skipped:  # not summed, and a bucket without targets would be counted as a NaN of the model
+            losses, buckets = {key: value for key, value in losses.items() if key not in buckets}, {}
         steps += not skipped
         for key, value in buckets.items():  # no .item(): the host must not wait for the device
             sums[key] = sums.get(key, 0) + value.nan_to_num(0.0)
@@ -297,12 +300,13 @@ def whole_intervals(training_log: Callable[..., Any]) -> Callable[..., Any]:
         if printed:
             for key in sums:
                 here = buckets.get(key)
-                mean = sums[key] / counts[key]
-                if here is not None and bool(here.isnan().any()):
+                if here is not None and bool(here.isnan()):
                     losses = {name: loss for name, loss in losses.items() if name != key}
                     here = None
-                totals[key] = (mean * steps).nan_to_num(0.0) - (0 if here is None else here)
-            call.arguments["loss_dict"] = losses
+                totals.pop(key, None)
+                if bool(counts[key]):  # else no step had a target, and nothing is printed
+                    totals[key] = sums[key] / counts[key] * steps - (0 if here is None else here)
+        call.arguments["loss_dict"] = losses
         result = training_log(*call.args, **call.kwargs)
         if printed and not first:
             sums.clear()
