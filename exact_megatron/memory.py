@@ -124,7 +124,8 @@ def layer_activations(run: RunConfig) -> int:
 
     * 4 h: the inputs of the two norms (the residual stream) and their outputs; divided by t with sequence parallelism only.
     * (3 q + 3 k) / t: the fused QKV output, which v keeps alive as a view (q + 2 k), q and k after RoPE, the attention's
-      output; + q / t where context-parallel ranks gather K/V and join two chunks. Flash attention keeps no scores.
+      output; (3 q + 2 k) / t with several samples a micro-batch, where the kernel has q, k and v of its own and the output
+      is there twice; + q / t where context-parallel ranks gather K/V and join two chunks. Flash attention keeps no scores.
     * 3 f / t: both halves before SwiGLU, and its output; 2 f for GELU.
     * RoPE's cosines and sines for q and for k, 4 head widths a position whatever the micro-batch size: unfused, each layer
       makes its own.
@@ -140,7 +141,8 @@ def layer_activations(run: RunConfig) -> int:
     tokens = positions * m.micro_batch_size
     gathers = cp > 1 and (m.cp_comm_type == "all_gather" or kv // head // tp % cp != 0)
     mlp = 3 if m.activation == "fast-swiglu" else 2
-    elements = 4 * m.hidden_size / split + (3 * q + 3 * kv + (q if gathers else 0)) / tp + mlp * m.ffn_hidden_size / tp
+    attention = 3 * q + (3 if m.micro_batch_size == 1 else 2) * kv + (q if gathers else 0)
+    elements = 4 * m.hidden_size / split + (attention + mlp * m.ffn_hidden_size) / tp
     kept = tokens * (elements * element_size(run) + 4 * m.num_attention_heads / tp)
     if m.hidden_dropout:
         kept += tokens * 2 * m.hidden_size / split

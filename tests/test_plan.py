@@ -28,6 +28,7 @@ from exact_megatron.training.config import load_config
 
 WIDE = ["model.hidden_size=128", "model.ffn_hidden_size=256"]  # so that buffers' padding is small
 TP2 = ["trainer.devices=2", "model.tensor_model_parallel_size=2"]
+TP4 = ["model.tensor_model_parallel_size=4", "model.num_query_groups=4"]
 PP2 = ["trainer.devices=2", "model.pipeline_model_parallel_size=2"]
 DP2 = ["trainer.devices=2"]
 CP2 = ["trainer.devices=2", "model.context_parallel_size=2"]
@@ -118,15 +119,15 @@ def test_activations_are_what_autograd_saves(tiny, measured, name):
     unfused = 2 * norm
     if m.activation == "fast-swiglu":
         unfused += 2 * m.ffn_hidden_size  # silu(x), and y + 0
-    if m.activations_checkpoint_granularity != "selective":
+    if m.activations_checkpoint_granularity != "selective" and m.micro_batch_size == 1:
         unfused += m.hidden_size  # pieces of documents, joined
     expected, layers = part.activations + part.logits, m.num_layers
     if m.activations_checkpoint_granularity == "full":
         expected, layers = expected - layer_activations(run), 0  # before backward nothing is computed again
     expected += 4 * tokens * (layers * unfused + norm)
     found = json.loads((measured / f"{name}.json").read_text())["bytes"]
-    # More than one sample a micro-batch: the kernel's own copies of q, k and v replace a view, counted for one sample.
-    assert expected == pytest.approx(found, rel=0.05 if "mbs2" in name else 0.01)
+    # Not counted: token ids, norms' statistics, RoPE's angles; in the second case there is little else.
+    assert expected == pytest.approx(found, rel=0.03 if "full" in name else 0.01)
 
 
 def test_matrix_products_are_what_torch_counts(tiny, measured):
@@ -256,7 +257,7 @@ def test_exit_codes(tiny, capsys):
         assert main(["plan", "--config", str(tiny), *arguments]) == 2
     assert main(["plan", "--config", str(tiny), "--mfu", "0.4"]) == 2
     assert "of what? Give --peak-tflops" in capsys.readouterr().err
-    _, result = plan_json(capsys, "--config", tiny, "--nodes", 2, "--gpus-per-node", 2, "model.tensor_model_parallel_size=4")
+    _, result = plan_json(capsys, "--config", tiny, "--nodes", 2, "--gpus-per-node", 2, *TP4)
     assert "cross nodes of 2 GPUs" in result["stages"][0]["notes"][0]
 
 

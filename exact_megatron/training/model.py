@@ -168,7 +168,9 @@ def build_model(run: RunConfig, vocab_size: int, device: torch.device) -> list[D
         if m.rope_scaling.rope_type == "llama3":  # megatron.core's argument for it sets the factor alone
             rotary = model.rotary_pos_emb
             scaling = dataclasses.asdict(m.rope_scaling)
-            rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **{k: scaling[k] for k in scaling if k != "rope_type"})
+            rotary.inv_freq = rotary._apply_scaling(
+                rotary.inv_freq, **{k: scaling[k] for k in scaling if k != "rope_type"}
+            )
         model = model.to(device)
         if config.bf16:
             model = model.bfloat16()
