@@ -104,7 +104,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", metavar="FILE", action="append", help="YAML, see configs/; given again, the later file wins key by key"
+        "--config",
+        metavar="FILE",
+        action="append",
+        help="YAML, see configs/; given again, the later file wins key by key",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.exact.enabled=true")
 

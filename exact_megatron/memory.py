@@ -201,7 +201,9 @@ def stage_memory(run: RunConfig, vocab_size: int, stage: int) -> StageMemory:
     if first or last:
         matrices.append(vocabulary * m.hidden_size // tp)
     working += e * max(matrices)
-    overhead = OVERHEAD + int(ALLOCATOR * (activations + logits + working))
+    overhead = 0
+    if run.trainer.accelerator != "cpu":
+        overhead = OVERHEAD + int(ALLOCATOR * (activations + logits + working))
     return StageMemory(
         stage, count, chunks * layers, weights, gradients, optimizer, activations, logits, working, overhead
     )

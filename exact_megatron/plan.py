@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from .packing import piece_histogram, read_index
 if TYPE_CHECKING:
     from .training.schema import RunConfig
 
-GPU_MEMORY = 79.0  # GiB of an H100 80 GB that torch can use: it reports 79.1 of the 80 GB parts
+GPU_MEMORY = 79.0  # GiB of an H100 80 GB that torch can use: it reports about 79.1 for an 80 GB part
 # Dense TFLOP/s of an H100 SXM: half of the 1,979 and 3,958 with sparsity that NVIDIA's data sheet prints.
 PEAK_TFLOPS = {"bf16": 989.5, "fp8": 1979.0}
 UNCOUNTED_STEPS = 3  # of a measured run, at its start
@@ -63,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
     for option in ("mfu", "tokens_per_second_per_gpu", "peak_tflops", "gpu_memory"):
         value = getattr(args, option)
         if value is not None and not (0 < value <= 1 if option == "mfu" else value > 0):
-            raise ValueError(f"--{option.replace('_', '-')} {value:g} must be above 0" + " and at most 1" * (option == "mfu"))
+            raise ValueError(
+                f"--{option.replace('_', '-')} {value:g} must be above 0" + " and at most 1" * (option == "mfu")
+            )
     runs = [load_config([*(args.config or []), *layer], overrides) for layer in ([f] for f in args.stage or [])]
     names = [Path(file).stem for file in args.stage or []]
     if not runs:
@@ -104,7 +106,8 @@ def plan_stage(name: str, run: RunConfig, args: argparse.Namespace, measured: di
     return {
         "name": name,
         "parameters": parameters(run, vocab_size),
-        "precision": "fp8" if m.fp8 else t.precision,
+        "precision": "fp8" if m.fp8 else {"32": "fp32"}.get(t.precision, t.precision),
+        "accelerator": t.accelerator,
         "layout": {
             "nodes": t.num_nodes,
             "gpus_per_node": t.devices,
@@ -158,7 +161,9 @@ def notes(run: RunConfig) -> list[str]:
     m, gpus = run.model, run.trainer.devices
     tp, cp, found = m.tensor_model_parallel_size, m.context_parallel_size, []
     if gpus % tp:
-        found.append(f"tensor-parallel groups of {tp} cross nodes of {gpus} GPUs, whose links are slower: use a size that divides")
+        found.append(
+            f"tensor-parallel groups of {tp} cross nodes of {gpus} GPUs, whose links are slower: use a size that divides"
+        )
     elif cp > 1 and gpus % (tp * cp):
         found.append(f"context-parallel groups ({tp} x {cp} GPUs) cross nodes of {gpus}")
     if tp > 1 and not m.sequence_parallel:
@@ -224,16 +229,11 @@ def exposure(run: RunConfig, data: Data | None) -> dict[str, Any] | None:
     """Tail and weights that the census gives, whether or not this arm uses them; None without data.
 
     Raises:
-        ValueError: no target in the tail, with model.exact.enabled.
+        ValueError: no target in the tail, which a baseline is told too: its other arm could not run.
     """
     if data is None:
         return None
-    try:
-        table = WeightTable.from_census(data.census, replace(run.model.exact, enabled=True))
-    except ValueError:
-        if run.model.exact.enabled:
-            raise
-        return None
+    table = WeightTable.from_census(data.census, run.model.exact)
     return {
         "enabled": run.model.exact.enabled,
         "tau": table.config.tau,

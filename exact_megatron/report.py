@@ -246,10 +246,11 @@ def print_plan(plan: Mapping[str, Any]) -> None:
 def _print_stage(console: Any, stage: Mapping[str, Any]) -> None:
     layout, memory, gib = stage["layout"], stage["memory"], 2**30
     say = lambda text: console.print(text, soft_wrap=True)
+    devices = "CPU ranks" if stage["accelerator"] == "cpu" else "GPUs"
     virtual = f" x {layout['virtual_pipeline']} virtual" if layout["virtual_pipeline"] else ""
     console.rule(f"{stage['name']}: {stage['parameters']:,} parameters, window {stage['seq_length']:,}")
     say(
-        f"{layout['nodes']} x {layout['gpus_per_node']} GPUs: tensor {layout['tensor']}"
+        f"{layout['nodes']} x {layout['gpus_per_node']} {devices}: tensor {layout['tensor']}"
         f"{' with sequence parallelism' if layout['sequence_parallel'] else ''}, pipeline {layout['pipeline']}{virtual}, "
         f"context {layout['context']}, data {layout['data']}. {stage['precision']}, recomputation {layout['recomputation']}. "
         f"{layout['micro_batches']} micro-batches of {layout['micro_batch_size']} a step"
@@ -259,16 +260,22 @@ def _print_stage(console: Any, stage: Mapping[str, Any]) -> None:
         say(f"note: {note}")
 
     names = ["weights", "gradients", "optimizer", "activations", "logits", "working", "overhead", "total"]
-    table = _numbers("memory of each GPU in GiB, estimated", ["pipeline stage", "parameters", *names])
+    table = _numbers("memory of each rank in GiB, estimated", ["pipeline stage", "parameters", *names])
     for part in memory["stages"]:
         table.add_row(str(part["stage"]), f"{part['parameters']:,}", *(f"{part[n] / gib:.2f}" for n in names))
     console.print(table)
-    limit = "" if memory["gpu_gib"] is None else f" of {memory['gpu_gib']:g} GiB: " + (
-        "fits." if memory["fits"] else "TOO MUCH."
+    limit = (
+        ""
+        if memory["gpu_gib"] is None
+        else f" of {memory['gpu_gib']:g} GiB: " + ("fits." if memory["fits"] else "TOO MUCH.")
     )
     say(
         f"Largest: stage {memory['largest_stage']}, {memory['largest_gib']:.1f} GiB{limit} Most of it: {memory['largest_part']}."
-        + ("" if memory["fits"] else " Recompute activations, split the model or the window over more GPUs, or shrink the micro-batch.")
+        + (
+            ""
+            if memory["fits"]
+            else " Recompute activations, split the model or the window over more GPUs, or shrink the micro-batch."
+        )
     )
     say(
         f"{stage['steps']:,} steps of {stage['tokens_per_step']:,} tokens: {stage['samples']:,} samples, {stage['tokens']:,} tokens."
@@ -309,7 +316,7 @@ def _print_stage(console: Any, stage: Mapping[str, Any]) -> None:
 def _print_measured_memory(console: Any, rows: Sequence[Row]) -> None:
     table = _numbers("memory of the measured run in MiB: estimate, measured", ["pipeline stage", *list(rows[0])[1:]])
     for row in rows:
-        pairs = [f"{row[name][0] / 2**20:,.1f}, {row[name][1] / 2**20:,.1f}" for name in list(row)[1:]]
+        pairs = [", ".join(_digits(value / 2**20) for value in row[name]) for name in list(row)[1:]]
         table.add_row(str(row["stage"]), *pairs)
     console.print(table)
 

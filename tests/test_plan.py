@@ -15,6 +15,7 @@ from tiny import SEQ_LENGTH, VOCABULARY, config_file, write_data
 from exact_megatron import ExposureCensus, WeightTable, plan
 from exact_megatron.cli import main
 from exact_megatron.memory import (
+    OVERHEAD,
     PARTS,
     chunks_in_flight,
     layer_activations,
@@ -115,7 +116,9 @@ def test_activations_are_what_autograd_saves(tiny, measured, name):
     run = load_config(tiny, [*WIDE, *SAVED[name]])
     m, part = run.model, stage_memory(run, VOCABULARY, 0)
     tokens = m.data.seq_length * m.micro_batch_size
-    norm = m.hidden_size if m.normalization == "rmsnorm" else 0  # torch's keeps the normalized input beside input and output
+    norm = (
+        m.hidden_size if m.normalization == "rmsnorm" else 0
+    )  # torch's keeps the normalized input beside input and output
     unfused = 2 * norm
     if m.activation == "fast-swiglu":
         unfused += 2 * m.ffn_hidden_size  # silu(x), and y + 0
@@ -127,7 +130,7 @@ def test_activations_are_what_autograd_saves(tiny, measured, name):
     expected += 4 * tokens * (layers * unfused + norm)
     found = json.loads((measured / f"{name}.json").read_text())["bytes"]
     # Not counted: token ids, norms' statistics, RoPE's angles; in the second case there is little else.
-    assert expected == pytest.approx(found, rel=0.03 if "full" in name else 0.01)
+    assert expected == pytest.approx(found, rel=0.05 if "full" in name else 0.01)
 
 
 def test_matrix_products_are_what_torch_counts(tiny, measured):
@@ -141,11 +144,23 @@ def test_activations_as_in_the_paper(tiny):
     """Korthikanti et al. (arXiv 2205.05198), table 2: s b h (10 + 24 / t) bytes a layer without, 34 / t with sequence
     parallelism, attention scores apart; of a GPT in bf16 with f = 4 h. There: dropout masks (2 h over 1 or t ranks), no RoPE,
     no fused QKV output kept beside q and k (4 h over t)."""
-    sizes = ["model.hidden_size=4096", "model.ffn_hidden_size=16384", "model.num_attention_heads=32", "model.data.seq_length=2048"]
+    sizes = [
+        "model.hidden_size=4096",
+        "model.ffn_hidden_size=16384",
+        "model.num_attention_heads=32",
+        "model.data.seq_length=2048",
+    ]
     for t, split, paper in ((1, 1, 34), (8, 1, 10 + 24 / 8), (8, 8, 34 / 8)):
         run = load_config(
             tiny,
-            [*BF16, *GPT, *sizes, f"trainer.devices={t}", f"model.tensor_model_parallel_size={t}", "model.exact.tau=512"]
+            [
+                *BF16,
+                *GPT,
+                *sizes,
+                f"trainer.devices={t}",
+                f"model.tensor_model_parallel_size={t}",
+                "model.exact.tau=512",
+            ]
             + [f"model.sequence_parallel={str(split > 1).lower()}", "model.hidden_dropout=0.1"],
         )
         rope, logarithms = 4 * 128 * 2, 4 * 32 / t
@@ -205,7 +220,9 @@ def test_recomputation_fp8_and_context_parallelism(tiny):
     assert fp8.weights - plain.weights == 2 * 4 * (128 * (2 * 128 + 2 * 64) + 3 * 128 * 256)
     half = stage_memory(load_config(tiny, [*WIDE, *CP2]), VOCABULARY, 0)
     assert half.activations == plain.activations / 2 and half.optimizer == plain.optimizer / 2
-    assert all(getattr(plain, name) > 0 for name in PARTS)
+    assert plain.overhead == 0 < min(getattr(plain, name) for name in PARTS if name != "overhead")
+    gpu = stage_memory(load_config(tiny, [*WIDE, "trainer.accelerator=gpu"]), VOCABULARY, 0)
+    assert gpu.overhead > OVERHEAD and gpu.total == plain.total + gpu.overhead
     assert layer_parameters(run.model) == 128 * (2 * 128 + 2 * 64) + 3 * 128 * 256 + 2 * 128
 
 
@@ -247,8 +264,28 @@ def test_a_blend_is_weighted_and_missing_data_are_named(tiny, capsys):
     assert stage["flops_per_token"]["counted"] == "full causal window"
 
 
+def test_a_stage_without_a_tail_is_refused_in_both_arms(tiny, capsys):
+    for enabled in ("true", "false"):
+        data = ["model.data.seq_length=256", "model.exact.tau=256", f"model.exact.enabled={enabled}"]
+        assert main(["plan", "--config", str(tiny), *data]) == 2
+        capsys.readouterr()
+
+
+def test_stages_of_a_chain(capsys):
+    stages = [word for name in ("4k", "8k", "16k") for word in ("--stage", f"configs/stages/{name}.yaml")]
+    base = ["--config", "configs/cpt.yaml", "--config", "configs/models/llama-3.1-8b.yaml", *stages]
+    code, result = plan_json(capsys, *base, "--mfu", 0.4, "trainer.max_steps=1000")
+    assert code == 0 and [s["name"] for s in result["stages"]] == ["4k", "8k", "16k"]
+    assert [s["seq_length"] for s in result["stages"]] == [4096, 8192, 16384] and result["fits"]
+    assert result["gpu_hours"] == pytest.approx(8 * result["hours"]) == sum(s["gpu_hours"] for s in result["stages"])
+    code, result = plan_json(capsys, *base, "--nodes", 1, "--gpus-per-node", 8, "--gpu-memory", 40)
+    assert code == 1 and result["hours"] is None
+    assert main(["plan", *base]) == 0
+    assert "3 stages" in capsys.readouterr().out
+
+
 def test_exit_codes(tiny, capsys):
-    assert main(["plan", "--config", str(tiny), "--gpu-memory", "1"]) == 1
+    assert main(["plan", "--config", str(tiny), "--gpu-memory", "0.001"]) == 1
     printed = capsys.readouterr().out
     assert "TOO MUCH" in printed and "Largest: stage 0" in printed and "No time: give --mfu" in printed
     assert main(["plan", "--config", str(tiny), "--gpus-per-node", "3", "model.tensor_model_parallel_size=2"]) == 2
@@ -262,7 +299,9 @@ def test_exit_codes(tiny, capsys):
 
 
 def test_time_from_a_speed(tiny, capsys):
-    code, result = plan_json(capsys, "--config", tiny, "--tokens-per-second-per-gpu", 100, "--nodes", 2, "--gpus-per-node", 2)
+    code, result = plan_json(
+        capsys, "--config", tiny, "--tokens-per-second-per-gpu", 100, "--nodes", 2, "--gpus-per-node", 2
+    )
     stage = result["stages"][0]
     assert stage["hours"] == pytest.approx(stage["tokens"] / 400 / 3600)
     assert stage["gpu_hours"] == pytest.approx(4 * stage["hours"]) and stage["speed"]["mfu"] is None

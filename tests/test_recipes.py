@@ -86,7 +86,9 @@ def test_arms_differ_in_nothing_else():
 
 def test_a_later_file_wins_key_by_key(tmp_path):
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
-    first.write_text("model: {hidden_size: 64, num_layers: 6, data: {data_prefix: [1, x, 2, y]}, optim: {betas: [0.8, 0.9]}}")
+    first.write_text(
+        "model: {hidden_size: 64, num_layers: 6, data: {data_prefix: [1, x, 2, y]}, optim: {betas: [0.8, 0.9]}}"
+    )
     second.write_text("model: {num_layers: 4, data: {data_prefix: [z]}}")
     run = load_config([first, second], ["model.hidden_size=32"])
     assert (run.model.hidden_size, run.model.num_layers) == (32, 4)
@@ -100,7 +102,10 @@ def test_a_later_file_wins_key_by_key(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.activations_checkpoint_granularity=full", "model.activations_checkpoint_method=block"], "needs a number"),
+        (
+            ["model.activations_checkpoint_granularity=full", "model.activations_checkpoint_method=block"],
+            "needs a number",
+        ),
         (["model.activations_checkpoint_num_layers=2"], "anything else takes none"),
         (["model.rope_scaling.rope_type=yarn"], "rope_type='yarn' is not one of default, llama3"),
     ],
