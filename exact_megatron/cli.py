@@ -49,6 +49,13 @@ def main(argv: list[str] | None = None) -> int:
     _add_run_arguments(add)
     add.set_defaults(run=run_train)
 
+    add = commands.add_parser("plan", help="layout, memory, tokens and hours of a run, before it is started")
+    _add_run_arguments(add)
+    from . import plan
+
+    plan.add_arguments(add)
+    add.set_defaults(run=plan.run)
+
     add = commands.add_parser("compare", help="baseline and EXACT from the same base checkpoint, with a report")
     _add_run_arguments(add)
     add.add_argument(
@@ -96,7 +103,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="YAML, see configs/")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        action="append",
+        help="YAML, see configs/; given again, the later file wins key by key",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.exact.enabled=true")
 
 
@@ -148,7 +160,7 @@ def run_train(args: argparse.Namespace) -> int:
                 "`torchrun --nnodes ... -m exact_megatron train --config ...`"
             )
         if run.trainer.devices > 1:
-            config = ["--config", args.config] if args.config else []
+            config = [word for file in args.config or [] for word in ("--config", file)]
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // run.trainer.devices)))
             traceback = ["--traceback"] if args.traceback else []
             command = torchrun(run.trainer.devices, [*traceback, "train", *config, *args.overrides])

@@ -19,7 +19,7 @@ from typing import Any
 from ..comparison import changed_settings, write_report
 from ..config import ExactError
 from ..machine import machine
-from .config import RunConfig, load_config
+from .config import ConfigPath, RunConfig, config_paths, load_config
 from .launch import is_rank, torchrun
 
 # Settings that may change between a run and its repetition, since its numbers do not depend on them.
@@ -58,7 +58,7 @@ class Arm:
         return max((int(match[1]) for match in found if match), default=0)
 
 
-def compare(config_path: str | Path | None, overrides: list[str], base_seq_length: int, base_steps: int) -> None:
+def compare(config_path: ConfigPath, overrides: list[str], base_seq_length: int, base_steps: int) -> None:
     """Train `base`, `baseline` and `exact` in exp_manager.exp_dir, and write the report there.
 
     A finished run is kept, a stopped one goes on from its newest checkpoint. SIGINT, SIGTERM and SIGHUP stop
@@ -108,7 +108,7 @@ def compare(config_path: str | Path | None, overrides: list[str], base_seq_lengt
     write_report(folder)
 
 
-def plan(config_path: str | Path | None, overrides: list[str], base_seq_length: int, base_steps: int) -> list[Arm]:
+def plan(config_path: ConfigPath, overrides: list[str], base_seq_length: int, base_steps: int) -> list[Arm]:
     """The three runs with their commands; nothing is started or written. Arguments as for `compare`.
 
     Raises:
@@ -172,8 +172,8 @@ def plan(config_path: str | Path | None, overrides: list[str], base_seq_length: 
     return arms
 
 
-def _config_option(config_path: str | Path | None) -> list[str]:
-    return [] if config_path is None else ["--config", str(config_path)]
+def _config_option(config_path: ConfigPath) -> list[str]:
+    return [word for file in config_paths(config_path) for word in ("--config", file)]
 
 
 def _has_validation(data_prefix: Any, splits_string: str) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
-import math
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..attention import DocumentAttention, check_supported
-from .config import RunConfig
+from .schema import RunConfig
 from .torch_adam import restore_torch_adam_steps
 
 
@@ -143,13 +143,6 @@ def layer_spec(
     )
 
 
-def padded_vocab_size(run: RunConfig, vocab_size: int) -> int:
-    """Vocabulary rounded up so that every tensor-parallel rank holds the same number of rows; the same for every tensor size
-    that divides make_vocab_size_divisible_by, since padded rows take part in the softmax."""
-    multiple = math.lcm(run.model.make_vocab_size_divisible_by, run.model.tensor_model_parallel_size)
-    return math.ceil(vocab_size / multiple) * multiple
-
-
 def build_model(run: RunConfig, vocab_size: int, device: torch.device) -> list[DistributedDataParallel]:
     """The model chunks of this rank (one, or one a virtual pipeline stage), in megatron.core's DDP."""
     m = run.model
@@ -161,7 +154,7 @@ def build_model(run: RunConfig, vocab_size: int, device: torch.device) -> list[D
         model = GPTModel(
             config,
             layer_spec(run, config, vp_stage),
-            vocab_size=padded_vocab_size(run, vocab_size),
+            vocab_size=run.padded_vocab_size(vocab_size),
             max_sequence_length=m.max_position_embeddings or m.data.seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(**stage),
             post_process=parallel_state.is_pipeline_last_stage(**stage),
@@ -172,6 +165,12 @@ def build_model(run: RunConfig, vocab_size: int, device: torch.device) -> list[D
             seq_len_interpolation_factor=m.seq_len_interpolation_factor,
             vp_stage=vp_stage,
         )
+        if m.rope_scaling.rope_type == "llama3":  # megatron.core's argument for it sets the factor alone
+            rotary = model.rotary_pos_emb
+            scaling = dataclasses.asdict(m.rope_scaling)
+            rotary.inv_freq = rotary._apply_scaling(
+                rotary.inv_freq, **{k: scaling[k] for k in scaling if k != "rope_type"}
+            )
         model = model.to(device)
         if config.bf16:
             model = model.bfloat16()

@@ -27,6 +27,7 @@ from ..loss import ExactLoss, gpt_loss
 from . import checkpoint
 from .config import RunConfig
 from .data import STOP_SIGNALS, build_datasets, build_loader, get_batch
+from .memory_record import record_memory
 from .model import build_model, build_optimizer
 from .runlog import RunLog
 from .vocabulary import read_vocabulary
@@ -271,13 +272,15 @@ class Trainer:
         log = RunLog(self) if self.is_first else None
         loader = iter(build_loader(run, self.train_data, self.vocabulary, self.step * run.model.global_batch_size))
         previous = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
-        saved = self.step
+        saved, first = self.step, self.step + 1
         try:
             while self.step < trainer.max_steps:
                 line = self.train_step(loader)
                 if log:
                     log.step(line)
                 last = self.step == trainer.max_steps
+                if last or self._stop or self.step == first:
+                    record_memory(self)
                 if self.valid_data is not None and (
                     last or (trainer.val_check_interval and self.step % trainer.val_check_interval == 0)
                 ):
