@@ -23,15 +23,18 @@ KEYS = tuple(field.name for field in dataclasses.fields(ExactConfig))
 SWITCHES = tuple(field.name for field in dataclasses.fields(ExactConfig) if isinstance(field.default, bool))
 
 
-def take_settings(arguments: Iterable[str], environment: Mapping[str, str]) -> tuple[ExactConfig, list[str]]:
+def take_settings(
+    arguments: Iterable[str], environment: Mapping[str, str], base: Mapping[str, Any] | None = None
+) -> tuple[ExactConfig, list[str]]:
     """Part a host's command line into EXACT's settings and the host's own arguments.
 
-    Later wins: defaults, then the file (--exact-config FILE or EXACT_CONFIG), then EXACT_ALPHA and the like, then the command
+    Later wins: defaults, then `base`, then the file (--exact-config FILE or EXACT_CONFIG), then EXACT_ALPHA and the like, then the command
     line (`model.exact.alpha=0.2`, also with + or ++; --exact-alpha 0.2; --exact-enabled alone is true) in its order.
 
     Args:
         arguments: the command line without the program's name; EXACT's may stand anywhere.
         environment: os.environ.
+        base: settings that the host's own configuration holds, {"alpha": 0.2}.
 
     Returns:
         The settings, and the other arguments in order.
@@ -61,7 +64,7 @@ def take_settings(arguments: Iterable[str], environment: Mapping[str, str]) -> t
                 given.append(f"{PREFIX}{key}={value}")
         else:
             rest.append(argument)
-    values = read_settings(file) if file else {}
+    values = {**(base or {}), **(read_settings(file) if file else {})}
     values.update(_from_environment(environment))
     return ExactConfig.from_overrides(given, base=values), rest
 
@@ -113,6 +116,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         if "exact" not in data["model"]:
             raise ValueError(f"{path} has no model.exact")
         data = data["model"]
-    block = data["exact"] if "exact" in data else data
-    # YAML 1.1 reads 1e-8 as a string
+    return read_block(data["exact"] if "exact" in data else data)
+
+
+def read_block(block: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A `model.exact` block of a YAML file as values; YAML 1.1 reads 1e-8 as a string."""
     return {k: parse_scalar(v) if isinstance(v, str) else v for k, v in (block or {}).items()}

@@ -1,0 +1,182 @@
+"""Megatron-Bridge: EXACT in recipes and scripts that end in Bridge's `pretrain(config, forward_step)`.
+
+    from exact_megatron.integrations import bridge
+
+    bridge.install()        # before the script reads its arguments and its configuration
+
+Then `model.exact.enabled=true` works on the command line (bare, with + or ++), and so does a block `model: {exact: ...}` in a YAML
+file, although Bridge's configuration has no such key: its parser rejects the bare form and drops the others with a log line. Later
+wins: install's arguments, the YAML file, --exact-config, the environment (EXACT_ALPHA), the command line. Scripts that are not to
+be edited run under bridge_launch.py, which makes the same call.
+
+Nothing is imported here that the script itself has not asked for: Bridge's own scripts set environment variables before they
+import torch's and Bridge's training modules. What is hooked is hooked when it is imported (paths in megatron/bridge/training/):
+
+    utils/omegaconf_utils.py: _apply_overrides                      takes model.exact out of YAML and overrides
+    utils/config_utils.py: _ConfigContainerBase.from_dict           the same for a whole configuration from YAML
+    pretrain.py: _pretrain                                          trains as bridge_training.py has it, if EXACT is enabled
+    os.execv, os.execve                                             keep the settings, and the launcher, if the script starts anew
+
+`_pretrain` and not `pretrain`: scripts and Bridge's own modules import `pretrain` by name, often before this call.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from ..config import PREFIX, ExactConfig, ExactError
+from .hooks import when_imported
+from .settings import read_block, take_settings
+
+LAUNCHER = "exact_megatron.integrations.bridge_launch"
+_installed: Installation | None = None
+
+
+def install(**defaults: Any) -> Installation:
+    """Take EXACT's settings out of sys.argv and hook Megatron-Bridge in this process; a second call changes nothing.
+
+    Args:
+        defaults: settings of ExactConfig by name, which YAML, environment and command line override.
+
+    Returns:
+        What is installed; its `training` is the run that was hooked, once there is one.
+
+    Raises:
+        ValueError: an unknown setting, or a value of the wrong kind.
+        ExactError: Bridge is imported already, and is not a version that has what is to be hooked.
+    """
+    global _installed
+    if _installed is None:
+        new = Installation(sys.argv[1:], os.environ, defaults)
+        sys.argv[1:] = new.rest
+        new.hook()
+        _installed = new
+    return _installed
+
+
+class Installation:
+    """EXACT's settings in one process that may train with Megatron-Bridge.
+
+    Attributes:
+        rest: the command line without EXACT's settings.
+        training: the MegatronBridge that ran, None before it and where EXACT is not enabled.
+        launched: whether the script runs under the launcher, which has to be there again when the script starts anew.
+    """
+
+    def __init__(
+        self, arguments: list[str], environment: Mapping[str, str], defaults: Mapping[str, Any] | None = None
+    ) -> None:
+        self._arguments, self._environment = list(arguments), dict(environment)
+        self._block = dict(defaults or {})
+        self.rest = take_settings(self._arguments, self._environment, self._block)[1]
+        self.training: Any = None
+        self.launched = False
+
+    @property
+    def config(self) -> ExactConfig:
+        """The settings as far as they have been read: a YAML block is there once the script has applied it."""
+        return take_settings(self._arguments, self._environment, self._block)[0]
+
+    def take_block(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return Bridge's configuration, {"model": {...}, ...}, without model.exact, which is kept here.
+
+        Raises:
+            ValueError: an unknown setting, or a value of the wrong kind.
+        """
+        model = config.get("model")
+        if not isinstance(model, Mapping) or "exact" not in model:
+            return config
+        block = model["exact"]
+        if block is not None and not isinstance(block, Mapping):
+            raise ValueError(f"model.exact must hold settings, {{enabled: true}}, and is {block!r}")
+        self._block.update(read_block(block))
+        _ = self.config  # raises for a typo here, and not when training starts
+        return {**config, "model": {key: value for key, value in model.items() if key != "exact"}}
+
+    def hook(self) -> None:
+        """Hook Bridge's modules, those that are imported already now and the others at their import."""
+        training = "megatron.bridge.training"
+        when_imported(f"{training}.utils.omegaconf_utils", self._hook_overrides)
+        when_imported(f"{training}.utils.config_utils", self._hook_yaml)
+        when_imported(f"{training}.pretrain", self._hook_pretrain)
+        process = os.getpid()
+        for name in ("execv", "execve"):  # the other members of the family call these
+            setattr(os, name, self._exec(getattr(os, name), process))
+
+    def _hook_overrides(self, module: ModuleType) -> None:
+        stock = _there(module, "_apply_overrides")
+
+        @functools.wraps(stock)
+        def apply(config: Any, overrides: Mapping[str, Any]) -> None:
+            stock(config, self.take_block(overrides))
+
+        module._apply_overrides = apply  # type: ignore[attr-defined]
+
+    def _hook_yaml(self, module: ModuleType) -> None:
+        container = _there(module, "_ConfigContainerBase")
+        stock = _there(container, "from_dict").__func__
+
+        @functools.wraps(stock)
+        def from_dict(cls: type, config_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+            return stock(cls, self.take_block(config_dict), *args, **kwargs)
+
+        container.from_dict = classmethod(from_dict)
+
+    def _hook_pretrain(self, module: ModuleType) -> None:
+        stock = _there(module, "_pretrain")
+
+        @functools.wraps(stock)
+        def pretrain(*args: Any, **kwargs: Any) -> Any:
+            config = self.config
+            if not config.enabled:
+                return stock(*args, **kwargs)
+            from .bridge_training import MegatronBridge
+
+            self.training = MegatronBridge(config)
+            return self.training.pretrain(stock, *args, **kwargs)
+
+        module._pretrain = pretrain  # type: ignore[attr-defined]
+
+    def _exec(self, stock: Callable[..., Any], process: int) -> Callable[..., Any]:
+        @functools.wraps(stock)
+        def execute(path: Any, arguments: Any, *environment: Any) -> Any:
+            if os.getpid() == process:  # a fork that becomes another program is no training
+                arguments = self.anew(list(arguments), sys.argv[0])
+            return stock(path, arguments, *environment)
+
+        return execute
+
+    def anew(self, command: list[str], script: str) -> list[str]:
+        """`[python, script, its arguments]`, with which a script replaces its own process, with EXACT's settings put back.
+
+        Megatron-Bridge 0.6's scripts/training/recipe_runner.py does so, to set environment variables before Python starts. Hooks
+        and the arguments that were taken out would be gone, and training would go on without weights.
+
+        Raises:
+            ExactError: EXACT is enabled, and the command is something else.
+        """
+        if len(command) > 1 and os.path.exists(script) and os.path.exists(command[1]):
+            if os.path.samefile(command[1], script):
+                settings = [f"{PREFIX}{key}={json.dumps(value)}" for key, value in self.config.to_dict().items()]
+                settings = [setting.replace('"', "") for setting in settings]  # of text
+                launcher = ["-m", LAUNCHER] if self.launched else []
+                return [command[0], *launcher, *command[1:], *settings]
+        if self.config.enabled:
+            raise ExactError(
+                f"{script} is about to replace its process by {command}, where EXACT would not be hooked: start that under EXACT, or set "
+                "model.exact.enabled=false"
+            )
+        return command
+
+
+def _there(owner: Any, name: str) -> Any:
+    found = vars(owner).get(name)
+    if found is None:
+        raise ExactError(f"{owner.__name__} has no {name}: this is not a Megatron-Bridge that EXACT knows")
+    return found
