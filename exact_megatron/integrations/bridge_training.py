@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -63,6 +62,8 @@ class MegatronBridge:
             ValueError: the run is refused; every reason, one a line.
             ExactError: the data that it trains on are not weighted, or the model does not mask documents.
         """
+        from megatron.bridge.utils.common_utils import get_rank_safe, get_world_size_safe
+
         call = inspect.signature(stock).bind(*args, **kwargs)
         self.state = call.arguments["state"]
         reasons = refusals(self.state.cfg, self.config)
@@ -72,7 +73,7 @@ class MegatronBridge:
         with ExitStack() as stack:
             call.arguments["forward_step_func"] = self._replace(stack, call.arguments["forward_step_func"])
             result = stock(*call.args, **call.kwargs)
-        if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:  # a last stage
+        if get_rank_safe() == get_world_size_safe() - 1:  # a last stage
             print(f"EXACT weighted {self.samples} training samples on this rank", flush=True)
         return result
 
@@ -160,7 +161,7 @@ class MegatronBridge:
         mine = {**self.config.to_dict(), "table": builder.table.digest, "census": builder.census.digest}
         self._compare(getattr(self.state.train_state, "exact", None), mine)
         self._mine = mine
-        if not self.weighted and int(os.environ.get("RANK", 0)) == 0:
+        if not self.weighted and torch.distributed.get_rank() == 0:
             lines = [
                 "hooked      data builder, loss and forward step of Megatron-Bridge's pretrain",
                 "masking     masked by DocumentAttention"

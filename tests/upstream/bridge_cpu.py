@@ -11,6 +11,7 @@ install() must come before megatron.bridge is imported. No file of Megatron-Brid
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 import importlib
@@ -31,11 +32,11 @@ from unittest.mock import MagicMock
 CORE = """models.gpt.gpt_model models.gpt.gpt_layer_specs extensions.transformer_engine transformer.transformer_block optimizer
 fp8_utils utils transformer.moe.experts tensor_parallel.random dist_checkpointing.strategies.torch
 distributed.fsdp.mcore_fsdp_adapter optimizer.distrib_optimizer""".split()
-STUBS = ("transformer_engine", "nvidia_resiliency_ext", "modelopt", "megatron.energon")
+STUBS = ("transformer_engine", "nvidia_resiliency_ext", "modelopt", "megatron.energon", "diffusers")
 RECIPE = "llama32_1b_pretrain_config"  # replaced by a tiny one: the true one asks Hugging Face for its configuration
 
 
-class _AnyClass(type):
+class _AnyClass(abc.ABCMeta):
     """A class of which every attribute is another one, for names that are imported and never used."""
 
     def __getitem__(cls, key: Any) -> Any:
@@ -48,7 +49,9 @@ class _AnyClass(type):
 
 
 def _class(module: str, name: str) -> Any:
-    return _AnyClass(name, (object,), {"__module__": module, "__init__": lambda self, *args, **kwargs: None})
+    take_all = lambda self, *args, **kwargs: None
+    decorate = lambda self, function=None: function
+    return _AnyClass(name, (object,), {"__module__": module, "__init__": take_all, "__call__": decorate})
 
 
 class _StubModule(types.ModuleType):

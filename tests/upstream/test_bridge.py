@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
         launch("alpha_0", *usual, *EXACT, "model.exact.alpha=0", ACCEPT),
         launch("disabled", *usual, "model.exact.enabled=false"),
         call("disabled_call", *usual),
-        plain("dense", *masked, "dataset.skip_getting_attention_mask_from_dataset=false"),
+        plain("dense", *masked, "+dataset.skip_getting_attention_mask_from_dataset=false"),
         launch("alpha_0_masked", *masked, *EXACT, "model.exact.alpha=0"),
         launch("one_rank", *masked, *EXACT, *save("one")),
         launch("resumed", *resume("one"), *EXACT),

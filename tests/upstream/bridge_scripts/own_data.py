@@ -3,6 +3,7 @@
 import sys
 
 import bridge_cpu
+import megatron.bridge.data.utils as data
 from megatron.bridge.training.config import GPTDatasetConfig
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
@@ -13,14 +14,11 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from exact_megatron.integrations import bridge
 
 
-class OwnData(GPTDatasetConfig):
-    def build_datasets(self, context):
-        sizes = [context.train_samples, context.valid_samples, context.test_samples]
-        return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, self).build()
+def own_data(sizes, config):
+    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
 
 
 if __name__ == "__main__":
     bridge.install()
-    config = process_config_with_overrides(bridge_cpu.tiny(), cli_overrides=sys.argv[1:])
-    config.dataset.__class__ = OwnData
-    pretrain(config, forward_step)
+    data._REGISTRY[GPTDatasetConfig] = own_data
+    pretrain(process_config_with_overrides(bridge_cpu.tiny(), cli_overrides=sys.argv[1:]), forward_step)

@@ -1,6 +1,7 @@
 """Configurations that EXACT refuses; prints what pretrain() said of each."""
 
 import dataclasses
+import os
 import sys
 
 import bridge_cpu
@@ -63,6 +64,7 @@ def skipped(config):
 
 
 def cp(config):
+    os.environ["WORLD_SIZE"] = "2"
     config.model.context_parallel_size = 2
     config.model.calculate_per_token_loss = False
 
