@@ -23,7 +23,6 @@ import torch's and Bridge's training modules. What is hooked is hooked when it i
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -32,7 +31,7 @@ from typing import Any
 
 from ..config import PREFIX, ExactConfig, ExactError
 from .hooks import when_imported
-from .settings import read_block, take_settings
+from .settings import given_settings, read_block
 
 LAUNCHER = "exact_megatron.integrations.bridge_launch"
 _installed: Installation | None = None
@@ -53,7 +52,7 @@ def install(**defaults: Any) -> Installation:
     """
     global _installed
     if _installed is None:
-        new = Installation(sys.argv[1:], os.environ, defaults)
+        new = Installation(sys.argv, os.environ, defaults)
         sys.argv[1:] = new.rest
         new.hook()
         _installed = new
@@ -64,24 +63,24 @@ class Installation:
     """EXACT's settings in one process that may train with Megatron-Bridge.
 
     Attributes:
+        script: path of the script that the process runs.
         rest: the command line without EXACT's settings.
         training: the MegatronBridge that ran, None before it and where EXACT is not enabled.
         launched: whether the script runs under the launcher, which has to be there again when the script starts anew.
     """
 
-    def __init__(
-        self, arguments: list[str], environment: Mapping[str, str], defaults: Mapping[str, Any] | None = None
-    ) -> None:
-        self._arguments, self._environment = list(arguments), dict(environment)
-        self._block = dict(defaults or {})
-        self.rest = take_settings(self._arguments, self._environment, self._block)[1]
+    def __init__(self, command: list[str], environment: Mapping[str, str], defaults: Mapping[str, Any]) -> None:
+        self.script = os.path.abspath(command[0])
+        self._given, self.rest = given_settings(command[1:], environment)
+        self._block = dict(defaults)
         self.training: Any = None
         self.launched = False
+        _ = self.config  # raises for what is wrong with the defaults
 
     @property
     def config(self) -> ExactConfig:
         """The settings as far as they have been read: a YAML block is there once the script has applied it."""
-        return take_settings(self._arguments, self._environment, self._block)[0]
+        return ExactConfig.from_mapping({**self._block, **self._given})
 
     def take_block(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return Bridge's configuration, {"model": {...}, ...}, without model.exact, which is kept here.
@@ -147,12 +146,12 @@ class Installation:
         @functools.wraps(stock)
         def execute(path: Any, arguments: Any, *environment: Any) -> Any:
             if os.getpid() == process:  # a fork that becomes another program is no training
-                arguments = self.anew(list(arguments), sys.argv[0])
+                arguments = self.anew(list(arguments))
             return stock(path, arguments, *environment)
 
         return execute
 
-    def anew(self, command: list[str], script: str) -> list[str]:
+    def anew(self, command: list[str]) -> list[str]:
         """`[python, script, its arguments]`, with which a script replaces its own process, with EXACT's settings put back.
 
         Megatron-Bridge 0.6's scripts/training/recipe_runner.py does so, to set environment variables before Python starts. Hooks
@@ -161,16 +160,13 @@ class Installation:
         Raises:
             ExactError: EXACT is enabled, and the command is something else.
         """
-        if len(command) > 1 and os.path.exists(script) and os.path.exists(command[1]):
-            if os.path.samefile(command[1], script):
-                settings = [f"{PREFIX}{key}={json.dumps(value)}" for key, value in self.config.to_dict().items()]
-                settings = [setting.replace('"', "") for setting in settings]  # of text
-                launcher = ["-m", LAUNCHER] if self.launched else []
-                return [command[0], *launcher, *command[1:], *settings]
+        if len(command) > 1 and os.path.realpath(command[1]) == os.path.realpath(self.script):
+            settings = [f"{PREFIX}{key}={'null' if value is None else value}" for key, value in self._given.items()]
+            return [command[0], *(["-m", LAUNCHER] if self.launched else []), *command[1:], *settings]
         if self.config.enabled:
             raise ExactError(
-                f"{script} is about to replace its process by {command}, where EXACT would not be hooked: start that under EXACT, or set "
-                "model.exact.enabled=false"
+                f"{self.script} is about to replace its process by {command}, where EXACT would not be hooked: start that under EXACT, "
+                "or set model.exact.enabled=false"
             )
         return command
 

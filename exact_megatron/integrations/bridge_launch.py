@@ -44,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     sys.path.insert(0, str(script.resolve().parent))
     # From its source and not by runpy: the writer of torch_dist checkpoints spawns a child that imports the main module once
     # more, which is then this one and not the training script.
-    exec(compile(script.read_bytes(), str(script), "exec"), {"__name__": "__main__", "__file__": str(script)})
+    names = {"__name__": "__main__", "__file__": os.path.abspath(script)}
+    exec(compile(script.read_bytes(), str(script), "exec"), names)
     if installed.config.enabled and installed.training is None:
         raise ExactError(
             f"{script} ended and never called Megatron-Bridge's pretrain: model.exact.enabled=true, but nothing was hooked"

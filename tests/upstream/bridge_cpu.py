@@ -112,7 +112,9 @@ def install() -> None:
     cuda.set_device = lambda device: None
     cuda.Stream = type("Stream", (cpu_runtime._Inert,), {"__init__": lambda self, *args, **kwargs: None})
     cuda.stream = lambda stream: contextlib.nullcontext()
-    cuda.get_device_properties = lambda *args: types.SimpleNamespace(major=10, minor=0, name="cpu", total_memory=1 << 34)
+    cuda.get_device_properties = lambda *args: types.SimpleNamespace(
+        major=10, minor=0, name="cpu", total_memory=1 << 34
+    )
     cuda.memory_stats = lambda *args: {}
     import megatron.core.datasets.utils as data_utils
     import megatron.core.pipeline_parallel.schedules as schedules
@@ -223,8 +225,8 @@ def run(job: dict) -> None:
 def main() -> None:
     folder = Path(sys.argv[2])
     install()
-    import megatron.bridge.training.gpt_step
-    import megatron.bridge.training.pretrain
+    importlib.import_module("megatron.bridge.training.gpt_step")
+    importlib.import_module("megatron.bridge.training.pretrain")
     import torch
 
     import exact_megatron.integrations.bridge_training  # noqa: F401

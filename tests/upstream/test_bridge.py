@@ -94,9 +94,9 @@ def folder(tmp_path_factory):
         one.append(launch(f"launch_{form}", *masked, *arguments))
     scripts = mb.copy_scripts(folder)
     if scripts:
-        mode = ["--mode", "pretrain"]
-        one.append({"name": "run_recipe", "mode": "launch",
-                    "arguments": [str(scripts / "run_recipe.py"), "--recipe", "llama32_1b_pretrain_config", *mode, *masked, *EXACT]})  # fmt: skip
+        recipe = ["--recipe", "llama32_1b_pretrain_config", "--mode", "pretrain"]
+        arguments = [str(scripts / "run_recipe.py"), *recipe, *masked, *EXACT]
+        one.append({"name": "run_recipe", "mode": "launch", "arguments": arguments})
     mb.run_jobs(folder, 1, one)
     for world, layouts in LAYOUTS.items():
         jobs = [launch(name, *masked, *EXACT, *flags) for name, flags in layouts.items()]
@@ -219,16 +219,19 @@ def test_checkpoints_are_those_of_stock_bridge(logs, folder):
     config = (iteration / "run_config.yaml").read_text()
     assert "exact" not in config.replace(str(folder), "")
     plain = (folder / "plain_saved" / "iter_0000003" / "run_config.yaml").read_text()
-    assert config.replace(f"{folder}/one", "DIR").replace("reset_attention_mask: true", "reset_attention_mask: false") == plain.replace(
-        f"{folder}/plain_saved", "DIR"
-    )
+    assert config.replace(f"{folder}/one", "DIR").replace(
+        "reset_attention_mask: true", "reset_attention_mask: false"
+    ) == plain.replace(f"{folder}/plain_saved", "DIR")
     assert sorted(logs("taken_over").steps()) == [4, 5, 6, 7, 8] and "EXACT" not in logs("taken_over").text
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nobody_masks", "dataset.reset_attention_mask=true, or accept it with model.exact.allow_unmasked_documents=true"),
+        (
+            "nobody_masks",
+            "dataset.reset_attention_mask=true, or accept it with model.exact.allow_unmasked_documents=true",
+        ),
         ("own_data", "on data that EXACT did not weight"),
         ("typo", "did you mean model.exact.alpha?"),
         ("typo_yaml", "did you mean model.exact.gamma?"),
