@@ -33,7 +33,12 @@ CORE = """models.gpt.gpt_model models.gpt.gpt_layer_specs extensions.transformer
 fp8_utils utils transformer.moe.experts tensor_parallel.random dist_checkpointing.strategies.torch
 distributed.fsdp.mcore_fsdp_adapter optimizer.distrib_optimizer""".split()
 STUBS = ("transformer_engine", "nvidia_resiliency_ext", "modelopt", "megatron.energon", "diffusers")
-RECIPE = "llama32_1b_pretrain_config"  # replaced by a tiny one: the true one asks Hugging Face for its configuration
+# Replaced by a tiny one: the true ones ask Hugging Face for their configuration. The second, of 0.6, makes Bridge's script start anew.
+RECIPES = {
+    "megatron.bridge.recipes": "llama32_1b_pretrain_config",
+    "megatron.bridge.recipes.llama": "llama32_1b_pretrain_config",
+    "megatron.bridge.perf_recipes.llama": "llama3_8b_pretrain_8gpu_h100_bf16_config",
+}
 
 
 class _AnyClass(abc.ABCMeta):
@@ -93,9 +98,11 @@ def install() -> None:
     """Answer for the GPU, and for packages that are not there, in megatron.core and megatron.bridge."""
     import torch
 
+    from exact_megatron.integrations.hooks import when_imported
     from exact_megatron.training import cpu_runtime
     from exact_megatron.training.torch_adam import restore_torch_adam_steps
 
+    print("CPU runtime in this process", flush=True)
     cpu_runtime.install()
     for module in CORE:
         importlib.import_module(f"megatron.core.{module}")
@@ -138,11 +145,12 @@ def install() -> None:
             module = importlib.import_module(f"megatron.bridge.training.{name}")
             if hasattr(module, "get_tensor_shapes_adjust_fn_for_distillation"):
                 module.get_tensor_shapes_adjust_fn_for_distillation = lambda *args, **kwargs: None
-    import megatron.bridge.recipes as recipes
-    import megatron.bridge.recipes.llama as llama
+    for name, recipe in RECIPES.items():
+        when_imported(name, functools.partial(_replace_recipe, recipe))
 
-    setattr(recipes, RECIPE, tiny)
-    setattr(llama, RECIPE, tiny)
+
+def _replace_recipe(recipe: str, module: Any) -> None:
+    setattr(module, recipe, tiny)
 
 
 def layer_spec(config: Any) -> Any:
@@ -225,6 +233,7 @@ def run(job: dict) -> None:
 def main() -> None:
     folder = Path(sys.argv[2])
     install()
+    importlib.import_module("megatron.bridge.recipes")
     importlib.import_module("megatron.bridge.training.gpt_step")
     importlib.import_module("megatron.bridge.training.pretrain")
     import torch

@@ -29,12 +29,15 @@ def version() -> str | None:
 
 
 def copy_scripts(folder: Path) -> Path | None:
-    """scripts/ of a clone of Megatron-Bridge (MEGATRON_BRIDGE) at the tag of the installed version; None without a clone."""
+    """scripts/training of a clone of Megatron-Bridge (MEGATRON_BRIDGE) at the tag of the installed version; None without a clone."""
     where = os.environ.get("MEGATRON_BRIDGE")
     if not where:
         return None
     tag = next(tag for known, tag in TAGS.items() if (version() or "").startswith(known))
-    archive = subprocess.run(["git", "-C", where, "archive", tag, "scripts"], capture_output=True, check=True).stdout
+    paths = (
+        ["scripts"] if tag == "v0.3.1" else ["scripts", "src/megatron/bridge/perf_recipes"]
+    )  # which run_recipe.py reads
+    archive = subprocess.run(["git", "-C", where, "archive", tag, *paths], capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         files.extractall(folder / "Megatron-Bridge", filter="data")
     return folder / "Megatron-Bridge" / "scripts" / "training"
