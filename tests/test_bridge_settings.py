@@ -35,10 +35,13 @@ def apply_overrides(config, overrides, excluded):
     _apply_overrides(config, overrides)
 """,
     "megatron/bridge/training/utils/config_utils.py": """
-class _ConfigContainerBase:
+class Inherited:  # as in 0.6
     @classmethod
     def from_dict(cls, config_dict, mode=None):
-        return cls, config_dict
+        return config_dict
+
+class _ConfigContainerBase(Inherited):
+    pass
 """,
     "megatron/bridge/training/pretrain.py": """
 def pretrain(config, forward_step_func):
@@ -65,6 +68,9 @@ from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.utils.omegaconf_utils import apply_overrides
 print("arguments", sys.argv[1:])
 config = {"model": {"layers": 2}}
+if "--whole" in sys.argv:
+    from megatron.bridge.training.utils.config_utils import _ConfigContainerBase
+    config = type("C", (_ConfigContainerBase,), {}).from_dict({"model": {"layers": 4, "exact": {"enabled": True}}})
 if "--yaml" in sys.argv:
     apply_overrides(config, {"model": {"layers": 3, "exact": {"enabled": True, "eps": "1e-7"}}}, {})
 pretrain(config, print)
@@ -137,6 +143,11 @@ def test_yaml_is_taken_before_it_is_dropped(run):
     assert "{'model': {'layers': 3}}" in done.stdout  # the rest went where it belongs
 
 
+def test_a_whole_configuration_is_parted_too(run):
+    done = run("-m", LAUNCHER, "user.py", "--whole")
+    assert trained(done) == ExactConfig(enabled=True) and "{'model': {'layers': 4}}" in done.stdout
+
+
 def test_later_wins(run):
     done = run("caller.py", "--yaml", "model.exact.gamma=0.1", EXACT_GAMMA="0.2", EXACT_EPS="1e-6")
     assert trained(done) == ExactConfig(enabled=True, alpha=0.3, gamma=0.1, eps=1e-6)
@@ -183,7 +194,7 @@ def test_a_wrong_command_line_is_one_line(run, arguments, words):
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_a_whole_configuration_from_yaml():
+def test_a_block_is_taken_out_of_a_copy():
     installed = bridge.Installation(["script.py"], {}, {})
     config = {"_target_": "ConfigContainer", "model": {"layers": 2, "exact": {"enabled": True}}}
     assert installed.take_block(config) == {"_target_": "ConfigContainer", "model": {"layers": 2}}

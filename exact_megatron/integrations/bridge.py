@@ -172,7 +172,7 @@ class Installation:
 
 
 def _there(owner: Any, name: str) -> Any:
-    found = vars(owner).get(name)
+    found = getattr(owner, name, None)
     if found is None:
         raise ExactError(f"{owner.__name__} has no {name}: this is not a Megatron-Bridge that EXACT knows")
     return found
