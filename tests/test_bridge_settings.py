@@ -224,3 +224,22 @@ def test_when_imported_acts_once_before_anyone_uses_the_module(tmp_path, monkeyp
     when_imported("late_module", acted.append)
     assert len(acted) == 2
     monkeypatch.delitem(sys.modules, "late_module")
+
+
+def test_a_core_attention_of_bridges_own_is_not_replaced(monkeypatch):
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    from exact_megatron.attention import DocumentAttention
+    from exact_megatron.integrations.documents import masking_documents
+
+    built = []
+    monkeypatch.setattr(SelfAttention, "__init__", lambda self, config, submodules: built.append(submodules))
+    softcap = type("Gemma2DotProductAttention", (), {"__module__": "megatron.bridge.models.gemma.gemma2_provider"})
+    with masking_documents():
+        SelfAttention(None, SelfAttentionSubmodules(linear_qkv=None, core_attention=DotProductAttention))
+        with pytest.raises(
+            ValueError, match="gemma2_provider.Gemma2DotProductAttention, which DocumentAttention would replace"
+        ):
+            SelfAttention(None, SelfAttentionSubmodules(linear_qkv=None, core_attention=softcap))
+    assert [submodules.core_attention for submodules in built] == [DocumentAttention]

@@ -72,6 +72,7 @@ def folder(tmp_path_factory):
         launch("alpha_0", *usual, *EXACT, "model.exact.alpha=0", ACCEPT),
         launch("disabled", *usual, "model.exact.enabled=false"),
         call("disabled_call", *usual),
+        plain("stock_reset", *masked),
         plain("dense", *masked, "+dataset.skip_getting_attention_mask_from_dataset=false"),
         launch("alpha_0_masked", *masked, *EXACT, "model.exact.alpha=0"),
         launch("one_rank", *masked, *EXACT, *save("one")),
@@ -147,6 +148,10 @@ def test_alpha_0_is_the_stock_run_to_the_printed_digit(logs):
 def test_disabled_nothing_changes(logs, name):
     assert logs(name).steps() == logs("plain").steps()
     assert "EXACT" not in logs(name).text
+
+
+def test_stock_bridge_masks_nothing_where_only_reset_attention_mask_is_set(logs):
+    assert logs("stock_reset").steps() == logs("plain").steps()
 
 
 def test_our_masking_equals_dense_reset_masks(logs):
