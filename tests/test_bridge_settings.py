@@ -154,7 +154,8 @@ def test_later_wins(run):
 
 
 def test_the_call_works_after_bridge_was_imported(run):
-    assert trained(run("caller.py", "model.exact.enabled=true")) == ExactConfig(enabled=True, alpha=0.3)
+    done = run("caller.py", "--lr", "1", "model.exact.enabled=true")
+    assert trained(done) == ExactConfig(enabled=True, alpha=0.3) and "arguments ['--lr', '1']" in done.stdout
 
 
 def test_without_enabled_bridge_trains_as_it_is(run):
