@@ -244,3 +244,26 @@ def test_a_core_attention_of_bridges_own_is_not_replaced(monkeypatch):
         ):
             SelfAttention(None, SelfAttentionSubmodules(linear_qkv=None, core_attention=softcap))
     assert [submodules.core_attention for submodules in built] == [DocumentAttention]
+
+
+def test_losses_of_another_form_are_refused():
+    import torch
+
+    from exact_megatron.integrations.bridge_training import MegatronBridge
+
+    run = MegatronBridge(ExactConfig(enabled=True))
+
+    def loss_func_kd(output_tensor, loss_mask, original_loss_fn, model):  # Megatron-Bridge's for distillation
+        raise AssertionError
+
+    with pytest.raises(ExactError, match=r"the loss loss_func_kd\(output_tensor, .* without distillation"):
+        run._weigh(loss_func_kd)
+
+    def loss_func(loss_mask, output_tensor, check_for_nan_in_loss=True):
+        return (output_tensor * loss_mask).sum(), loss_mask.sum().int(), {}
+
+    weighted = run._weigh(loss_func)
+    assert run.loss.wrapped and run._weigh(loss_func) is weighted
+    with torch.no_grad(), pytest.raises(ExactError, match="no weight table was bound"):
+        weighted(torch.ones(2, 4), torch.ones(2, 4))
+    assert run.samples == 0  # evaluation is not counted
