@@ -4,13 +4,15 @@ PYTHON ?= python3
 PYTHON312 ?= python3.12
 VENV := .venv
 VENV19 := .venv-mcore-0.19
+VENV_BRIDGE := .venv-bridge
+VENV_BRIDGE06 := .venv-bridge-0.6
 RUN := runs/demo
 
 export TORCH_COMPILE_DISABLE := 1
 export CUDA_DEVICE_MAX_CONNECTIONS := 1
 export MPLBACKEND := Agg
 
-.PHONY: demo setup test test-mcore-0.19 test-upstream lint clean
+.PHONY: demo setup test test-mcore-0.19 test-upstream test-bridge test-bridge-0.6 lint clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +44,31 @@ test-mcore-0.19: $(VENV19)/.installed  ## the same tests on megatron-core 0.19.2
 test-upstream: $(VENV)/.installed $(VENV19)/.installed  ## the real pretrain_gpt.py: make test-upstream MEGATRON_LM=/path/to/clone
 	MEGATRON_LM=$(MEGATRON_LM) $(VENV)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
 	MEGATRON_LM=$(MEGATRON_LM) $(VENV19)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
+
+# Megatron-Bridge without the packages of NVIDIA's container, which the tests stand in for (1.6 GB). --no-deps: it asks for CUDA's.
+$(VENV_BRIDGE)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV_BRIDGE)
+	$(VENV_BRIDGE)/bin/pip install --quiet --upgrade pip
+	$(VENV_BRIDGE)/bin/pip install --quiet -c constraints.txt torch
+	$(VENV_BRIDGE)/bin/pip install --quiet --no-deps megatron-bridge==0.3.1 megatron-core==0.16.1
+	$(VENV_BRIDGE)/bin/pip install --quiet -c constraints.txt "transformers<5" "omegaconf>=2.3" "hydra-core>1.3,<=1.3.2" \
+		einops tqdm psutil six regex pyyaml rich datasets accelerate tensorboard pytest
+	touch $@
+
+$(VENV_BRIDGE06)/.installed: setup.py
+	$(PYTHON312) -m venv $(VENV_BRIDGE06)
+	$(VENV_BRIDGE06)/bin/pip install --quiet --upgrade pip
+	$(VENV_BRIDGE06)/bin/pip install --quiet torch==2.13.0
+	$(VENV_BRIDGE06)/bin/pip install --quiet --no-deps megatron-bridge==0.6.2 megatron-core==0.19.2
+	$(VENV_BRIDGE06)/bin/pip install --quiet torch==2.13.0 "transformers>=5.8,<=5.12.1" "hydra-core>=1.3.4" "omegaconf>=2.3" \
+		onnx onnxscript "peft>=0.18.1" einops tqdm psutil six regex pyyaml rich datasets accelerate tensorboard pytest
+	touch $@
+
+test-bridge: $(VENV_BRIDGE)/.installed  ## the real pretrain() of Megatron-Bridge 0.3.1; with MEGATRON_BRIDGE=/path/to/clone its scripts too
+	MEGATRON_BRIDGE=$(MEGATRON_BRIDGE) $(VENV_BRIDGE)/bin/python -m pytest -q -m upstream tests/upstream/test_bridge.py
+
+test-bridge-0.6: $(VENV_BRIDGE06)/.installed  ## the same tests on 0.6.2, Python 3.12
+	MEGATRON_BRIDGE=$(MEGATRON_BRIDGE) $(VENV_BRIDGE06)/bin/python -m pytest -q -m upstream tests/upstream/test_bridge.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -4,4 +4,5 @@
 * hooks: replacing parts of a host while it trains.
 * documents: DocumentAttention in a host's model, and the boundaries on every rank of every stage.
 * megatron_lm: Megatron-LM's pretrain_gpt.py; megatron_lm_plan: what of its arguments is refused, who masks documents.
+* bridge: Megatron-Bridge's recipes and scripts, by one call or under bridge_launch; bridge_training: one run of its pretrain().
 """

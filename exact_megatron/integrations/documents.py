@@ -26,11 +26,22 @@ from .hooks import replaced
 @contextmanager
 def masking_documents() -> Iterator[None]:
     """While a host builds its model within this block, SelfAttention gets DocumentAttention in place of the core attention of
-    the host's layer spec. Core attention holds no parameters. `check_masked` says whether that reached every layer."""
+    the host's layer spec. Core attention holds no parameters. `check_masked` says whether that reached every layer.
+
+    Raises (while the host builds):
+        ValueError: the spec's core attention is one of Megatron-Bridge's models and computes something else (Gemma2's soft cap,
+            Gemma3's windows, Ministral's scaling), which DocumentAttention would drop.
+    """
     build = SelfAttention.__init__
 
     @functools.wraps(build)
     def built(attention: Any, config: Any, submodules: Any, *args: Any, **kwargs: Any) -> None:
+        stock = getattr(submodules.core_attention, "module", submodules.core_attention)
+        if getattr(stock, "__module__", "").startswith("megatron.bridge."):
+            raise ValueError(
+                f"this model has a core attention of its own, {stock.__module__}.{stock.__name__}, which DocumentAttention would "
+                "replace: accept unmasked documents with model.exact.allow_unmasked_documents=true, or train another model"
+            )
         build(attention, config, dataclasses.replace(submodules, core_attention=DocumentAttention), *args, **kwargs)
 
     with replaced(SelfAttention, "__init__", built):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import inspect
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 from ..config import ExactError
@@ -52,3 +57,37 @@ def file_of(function: Any) -> str:
     """Name of the file that a function comes from, for messages."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return os.path.basename(code.co_filename) if code else repr(function)
+
+
+def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
+    """Call `act(module)`: now if module `name` is imported already, else right after its import, before anyone uses it.
+
+    So a host is hooked without being imported earlier than its own script would have, which may set the environment first.
+    """
+    if name in sys.modules:
+        act(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, act))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds one module as it would be found without this finder, and acts when it has been executed."""
+
+    def __init__(self, name: str, act: Callable[[ModuleType], None]) -> None:
+        self.name, self.act = name, act
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def executed(module: ModuleType) -> None:
+            execute(module)
+            self.act(module)
+
+        spec.loader.exec_module = executed  # type: ignore[method-assign]
+        return spec

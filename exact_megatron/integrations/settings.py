@@ -26,15 +26,24 @@ SWITCHES = tuple(field.name for field in dataclasses.fields(ExactConfig) if isin
 def take_settings(arguments: Iterable[str], environment: Mapping[str, str]) -> tuple[ExactConfig, list[str]]:
     """Part a host's command line into EXACT's settings and the host's own arguments.
 
-    Later wins: defaults, then the file (--exact-config FILE or EXACT_CONFIG), then EXACT_ALPHA and the like, then the command
-    line (`model.exact.alpha=0.2`, also with + or ++; --exact-alpha 0.2; --exact-enabled alone is true) in its order.
+    As `given_settings`, with the defaults for what is not given.
+    """
+    values, rest = given_settings(arguments, environment)
+    return ExactConfig.from_mapping(values), rest
+
+
+def given_settings(arguments: Iterable[str], environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """The settings that somebody gave, for hosts whose own configuration holds others.
+
+    Later wins: the file (--exact-config FILE or EXACT_CONFIG), then EXACT_ALPHA and the like, then the command line
+    (`model.exact.alpha=0.2`, also with + or ++; --exact-alpha 0.2; --exact-enabled alone is true) in its order.
 
     Args:
         arguments: the command line without the program's name; EXACT's may stand anywhere.
         environment: os.environ.
 
     Returns:
-        The settings, and the other arguments in order.
+        The settings {"alpha": 0.2}, valid ones, and the other arguments in order.
 
     Raises:
         ValueError: an unknown key in any of the four places, with the nearest known one; a flag without its value; a value of
@@ -63,7 +72,9 @@ def take_settings(arguments: Iterable[str], environment: Mapping[str, str]) -> t
             rest.append(argument)
     values = read_settings(file) if file else {}
     values.update(_from_environment(environment))
-    return ExactConfig.from_overrides(given, base=values), rest
+    config = ExactConfig.from_overrides(given, base=values).to_dict()
+    named = {*values, *(override.lstrip("+").partition("=")[0].removeprefix(PREFIX) for override in given)}
+    return {key: config[key] for key in KEYS if key in named}, rest
 
 
 def _value_after(flag: str, key: str, arguments: list[str]) -> str:
@@ -113,6 +124,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         if "exact" not in data["model"]:
             raise ValueError(f"{path} has no model.exact")
         data = data["model"]
-    block = data["exact"] if "exact" in data else data
-    # YAML 1.1 reads 1e-8 as a string
+    return read_block(data["exact"] if "exact" in data else data)
+
+
+def read_block(block: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A `model.exact` block of a YAML file as values; YAML 1.1 reads 1e-8 as a string."""
     return {k: parse_scalar(v) if isinstance(v, str) else v for k, v in (block or {}).items()}
