@@ -85,6 +85,17 @@ class OptimConfig:
 
 
 @dataclass
+class RopeScalingConfig:
+    """`rope_scaling` of a config.json, with its names; scaling of type linear is model.seq_len_interpolation_factor."""
+
+    rope_type: str = "default"  # default | llama3
+    factor: float = 8.0  # the rest is read with llama3 only
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass
 class ModelConfig:
     micro_batch_size: int = 1
     global_batch_size: int = 8
@@ -115,11 +126,12 @@ class ModelConfig:
     rotary_base: float = 10000.0
     rotary_percentage: float = 1.0
     seq_len_interpolation_factor: Optional[float] = None
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     init_method_std: float = 0.02
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     make_vocab_size_divisible_by: int = 128
-    override_vocab_size: Optional[int] = None  # None: from PREFIX.json
+    override_vocab_size: Optional[int] = None  # rows of the vocabulary, at least the data's; None: from PREFIX.json
     mtp_num_layers: Optional[int] = None
     activations_checkpoint_granularity: Optional[str] = None  # selective | full
     activations_checkpoint_method: Optional[str] = None  # uniform | block, with full
@@ -240,6 +252,7 @@ def check(config: RunConfig) -> None:
     one_of("trainer.precision", t.precision, ("32", "bf16"))
     one_of("model.normalization", m.normalization, ("rmsnorm", "layernorm"))
     one_of("model.activation", m.activation, ("fast-swiglu", "gelu"))
+    one_of("model.rope_scaling.rope_type", m.rope_scaling.rope_type, ("default", "llama3"))
     one_of("model.fp8_recipe", m.fp8_recipe, ("delayed", "tensorwise", "blockwise"))
     one_of(
         "model.optim.name", m.optim.name, ("mcore_distributed_optim", "distributed_fused_adam", "adam", "fused_adam")
@@ -294,9 +307,7 @@ def check(config: RunConfig) -> None:
     if vpp is not None and pp == 1:
         refuse(f"model.virtual_pipeline_model_parallel_size={vpp} needs model.pipeline_model_parallel_size > 1")
     if vpp is not None and config.num_microbatches % pp:
-        refuse(
-            f"virtual pipeline stages need a number of micro-batches ({config.num_microbatches}) that is a multiple of {pp} stages"
-        )
+        refuse(f"virtual pipeline stages need micro-batches ({config.num_microbatches}) in a multiple of {pp} stages")
     if vpp is not None and m.batch_p2p_comm:
         refuse(
             "model.batch_p2p_comm=true with virtual pipeline stages gives wrong gradients without an error (megatron-core 0.16 "
@@ -329,6 +340,13 @@ def check(config: RunConfig) -> None:
             f"model.mtp_num_layers={m.mtp_num_layers}: multi-token prediction rolls loss_mask with the labels, so that the weights would "
             "be used at the wrong depth; the native runner does not train it"
         )
+    if data.seq_length > (longest := m.max_position_embeddings or data.seq_length):
+        refuse(
+            f"model.data.seq_length={data.seq_length} is above model.max_position_embeddings={longest}: raise it, and extend the window "
+            "with model.rotary_base, model.rope_scaling or model.seq_len_interpolation_factor"
+        )
+    if m.rope_scaling.rope_type != "default" and m.seq_len_interpolation_factor is not None:
+        refuse("model.rope_scaling and model.seq_len_interpolation_factor both scale the positions: choose one")
     if m.exact.enabled and not data.document_masking and not m.exact.allow_unmasked_documents:
         refuse(
             "model.exact.enabled=true with model.data.document_masking=false: targets would be weighted by a context that is not what "

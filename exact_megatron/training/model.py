@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import math
 from typing import Any
@@ -172,6 +173,12 @@ def build_model(run: RunConfig, vocab_size: int, device: torch.device) -> list[D
             seq_len_interpolation_factor=m.seq_len_interpolation_factor,
             vp_stage=vp_stage,
         )
+        if m.rope_scaling.rope_type == "llama3":  # megatron.core's argument for it sets the factor alone
+            rotary = model.rotary_pos_emb
+            scaling = dataclasses.asdict(m.rope_scaling)
+            rotary.inv_freq = rotary._apply_scaling(
+                rotary.inv_freq, **{k: scaling[k] for k in scaling if k != "rope_type"}
+            )
         model = model.to(device)
         if config.bf16:
             model = model.bfloat16()
