@@ -32,7 +32,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3.1": ("Llama", {"rope_theta": 500000.0, "rope_scaling": LLAMA3, "rms_norm_eps": 1e-5}),
     "llama3.2": (
         "Llama",
-        {"rope_theta": 500000.0, "rope_scaling": LLAMA3 | {"factor": 32.0}, "tie_word_embeddings": True, "head_dim": 32},
+        {
+            "rope_theta": 500000.0,
+            "rope_scaling": LLAMA3 | {"factor": 32.0},
+            "tie_word_embeddings": True,
+            "head_dim": 32,
+        },
     ),
     "llama_linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "qwen2.5": ("Qwen2", {"rope_theta": 1000000.0, "tie_word_embeddings": True}),

@@ -14,6 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     way.add_argument("source", metavar="MODEL", help="folder of a LLaMA, Qwen2.5, Qwen3 or SmolLM2 model")
     way.add_argument("output", metavar="OUTPUT", help="new folder: checkpoint, model.yaml, hf/")
+    way.add_argument(
+        "--pad-kv-heads",
+        type=int,
+        metavar="N",
+        help="add KV heads of zeros up to N, for tensor-parallel sizes that divide N",
+    )
     way = ways.add_parser("megatron-to-hf", help="a checkpoint of the native runner to a folder for transformers")
     way.add_argument(
         "source", metavar="RUN", help="run directory (its newest checkpoint is taken), or .../checkpoints/step_N"
@@ -31,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from .convert import hf_to_megatron, megatron_to_hf
 
     if args.direction == "hf-to-megatron":
-        made = hf_to_megatron(args.source, args.output)
+        made = hf_to_megatron(args.source, args.output, args.pad_kv_heads)
     else:
         made = megatron_to_hf(args.source, args.output, args.hf, args.dtype, args.max_shard_size)
     for remark in made.remarks:

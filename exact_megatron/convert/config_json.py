@@ -88,7 +88,7 @@ def model_settings(config: dict[str, Any], where: str = "config.json") -> dict[s
         reason = f"the dense models {', '.join(FAMILIES)} are (SmolLM2 is of type llama)"
         refuse("model_type", kind, reason + (", mixtures of experts are not" if "moe" in str(kind) else ""))
     family = FAMILIES[str(kind)]
-    if config.get("architectures", [family.architecture]) != [family.architecture]:
+    if config.get("architectures") not in (None, [family.architecture]):
         refuse("architectures", config["architectures"], f"the weights of a {family.architecture} are converted")
     for key, allowed in _ONLY.items():
         value = config.get(key)
@@ -187,6 +187,8 @@ def config_json(model: ModelConfig, seq_length: int, vocab_size: int, source: di
     now = {key: value for key, value in asdict(model).items() if key in before}
     now |= {"override_vocab_size": vocab_size, "num_query_groups": model.num_query_groups or model.num_attention_heads}
     now["kv_channels"] = model.kv_channels or model.hidden_size // model.num_attention_heads
+    if now["num_query_groups"] > before["num_query_groups"]:
+        before = pad_kv_heads(before, now["num_query_groups"])
     free = {*_ROPE, "max_position_embeddings", "init_method_std", "make_vocab_size_divisible_by"}
     if other := {k: (v, now[k]) for k, v in before.items() if v != now[k] and k not in free}:
         listed = ", ".join(f"model.{k}: config.json {old}, checkpoint {new}" for k, (old, new) in other.items())
@@ -203,6 +205,25 @@ def config_json(model: ModelConfig, seq_length: int, vocab_size: int, source: di
             config["rope_parameters"] = {"rope_type": "default", **(config["rope_scaling"] or {})}
             config["rope_parameters"]["rope_theta"] = model.rotary_base
     return config
+
+
+def kv_heads(source: dict[str, Any]) -> int:
+    """KV heads of a config.json."""
+    return int(model_settings(source)["num_query_groups"])
+
+
+def pad_kv_heads(settings: dict[str, Any], wanted: int) -> dict[str, Any]:
+    """Settings of the same model with more KV heads, and as many more query heads; their weights are to be zero.
+
+    Zero heads add nothing to the output and get no gradient, so that they stay zero.
+
+    Raises:
+        ValueError: fewer KV heads than the model has.
+    """
+    heads, groups = settings["num_attention_heads"], settings["num_query_groups"]
+    if wanted < groups:
+        raise ValueError(f"--pad-kv-heads {wanted}: the model has {groups} KV heads, it can be padded to more")
+    return settings | {"num_attention_heads": heads // groups * wanted, "num_query_groups": wanted}
 
 
 def _window(model: ModelConfig, seq_length: int, published: int) -> int:

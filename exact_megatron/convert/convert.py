@@ -19,8 +19,9 @@ from rich.progress import Progress
 
 from ..training import checkpoint
 from ..training.config import ModelConfig, RopeScalingConfig, RunConfig
-from .config_json import config_json, model_settings, read_config_json
-from .mapping import EMBEDDING, OUTPUT, Tensor, all_parts, first_tensors, last_tensors, layer_tensors
+from .config_json import config_json, kv_heads, model_settings, read_config_json
+from .config_json import pad_kv_heads as padded_settings
+from .mapping import EMBEDDING, OUTPUT, Tensor, all_parts, groups_of_tensors
 from .weights import HuggingFaceWeights, MegatronCheckpoint, SafetensorsWriter, write_checkpoint
 
 # Everything of a model's folder that is neither weights nor config.json: tokenizer, generation settings, licence.
@@ -42,11 +43,16 @@ class Converted:
     remarks: list[str]
 
 
-def hf_to_megatron(source: str | Path, output: str | Path, quiet: bool = False) -> Converted:
+def hf_to_megatron(
+    source: str | Path, output: str | Path, pad_kv_heads: int | None = None, quiet: bool = False
+) -> Converted:
     """Convert a Hugging Face folder to `output`, which `restore_from_path` of the native runner takes.
 
     Writes `checkpoints/step_00000000` (loads in any layout), `model.yaml` (the native runner's settings for it) and `hf/`
     (config.json, tokenizer and licence, which megatron_to_hf takes up again). dtypes are kept; one tensor is in memory.
+
+    Args:
+        pad_kv_heads: KV heads to pad the model to with zeros, for tensor-parallel sizes that the published number does not divide by.
 
     Raises:
         FileNotFoundError, FileExistsError: no such model; `output` is there.
@@ -55,15 +61,18 @@ def hf_to_megatron(source: str | Path, output: str | Path, quiet: bool = False) 
     source, output = Path(source), Path(output)
     config = read_config_json(source)
     settings = model_settings(config, str(source / "config.json"))
+    groups = settings["num_query_groups"]
+    if pad_kv_heads is not None:
+        settings = padded_settings(settings, pad_kv_heads)
     model = ModelConfig(**{**settings, "rope_scaling": RopeScalingConfig(**settings["rope_scaling"])})
     vocab_size = settings["override_vocab_size"]
-    parts = all_parts(model, vocab_size)
+    parts = all_parts(model, vocab_size, groups)
     weights = HuggingFaceWeights(source, parts)
 
     tensors: list[tuple[Tensor, int | None, torch.dtype]] = []
     dtypes: dict[str, torch.dtype] = {}
-    for tensor, layer in _in_order(model, vocab_size):
-        for name in tensor.names(layer or 0):
+    for tensor, layer in _in_order(model, vocab_size, groups):
+        for name in tensor.names(layer):
             if weights.dtypes[name] != dtypes.setdefault(tensor.key, weights.dtypes[name]):
                 raise ValueError(
                     f"{source}: {name} is {weights.dtypes[name]}, what it is stored with in Megatron is {dtypes[tensor.key]}: convert "
@@ -84,7 +93,7 @@ def hf_to_megatron(source: str | Path, output: str | Path, quiet: bool = False) 
 
         def read(tensor: Tensor, layer: int | None) -> torch.Tensor:
             advance()
-            return tensor.pack([weights[name] for name in tensor.names(layer or 0)])
+            return tensor.pack([weights[name] for name in tensor.names(layer)])
 
         path = folder / "checkpoints" / "step_00000000"
         path.mkdir(parents=True)
@@ -133,17 +142,18 @@ def megatron_to_hf(
         remarks.append("no tokenizer: training did not start from a converted model; --hf names a folder that has one")
     original = None if folder is None else read_config_json(folder)
     config = config_json(model, run.model.data.seq_length, vocab_size, original)
-    order = list(_in_order(model, vocab_size))
+    groups = (model.num_query_groups or model.num_attention_heads) if original is None else kv_heads(original)
+    order = list(_in_order(model, vocab_size, groups))
     _check(stored, order, path)
-    parts = all_parts(model, vocab_size)
+    parts = all_parts(model, vocab_size, groups)
     wanted = None if dtype is None else DTYPE_NAMES[dtype]
-    dtypes = {name: wanted or stored.dtypes[t.key] for t, layer in order for name in t.names(layer or 0)}
+    dtypes = {name: wanted or stored.dtypes[t.key] for t, layer in order for name in t.names(layer)}
     config["dtype" if "dtype" in config else "torch_dtype"] = str(dtypes["model.norm.weight"]).removeprefix("torch.")
     with _whole(output) as new, _progress("to Hugging Face", len(order), quiet) as advance:
         writer = SafetensorsWriter(new, parts, dtypes, max_shard_size)
-        for group, layer in _groups(model, vocab_size):
+        for group, layer in groups_of_tensors(model, vocab_size, groups):
             for tensor, content in zip(group, stored.read(group, layer)):
-                for part_name, part in zip(tensor.names(layer or 0), tensor.unpack(content)):
+                for part_name, part in zip(tensor.names(layer), tensor.unpack(content)):
                     writer.add(part_name, part.to(dtypes[part_name]))
                 advance()
         writer.close()
@@ -153,15 +163,8 @@ def megatron_to_hf(
     return _converted(output, dtypes, parts, remarks)
 
 
-def _groups(model: ModelConfig, vocab_size: int) -> Iterator[tuple[list[Tensor], int | None]]:
-    yield first_tensors(model, vocab_size), None
-    for layer in range(model.num_layers):
-        yield layer_tensors(model), layer
-    yield last_tensors(model, vocab_size), None
-
-
-def _in_order(model: ModelConfig, vocab_size: int) -> Iterator[tuple[Tensor, int | None]]:
-    for group, layer in _groups(model, vocab_size):
+def _in_order(model: ModelConfig, vocab_size: int, kv_heads: int) -> Iterator[tuple[Tensor, int | None]]:
+    for group, layer in groups_of_tensors(model, vocab_size, kv_heads):
         yield from ((tensor, layer) for tensor in group)
 
 

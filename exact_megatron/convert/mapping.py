@@ -7,9 +7,8 @@ self_attention.linear_qkv.layer_norm_weight and pre_mlp_layernorm to mlp.linear_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
@@ -27,28 +26,48 @@ class Tensor:
         key: in a dist_checkpointing checkpoint.
         parts: Hugging Face names and shapes, in the order of the rows; `{}` stands for the layer's number.
         groups: KV heads whose rows of q, k and v are interleaved; 0: the parts lie one after another.
+        padding: rows (with groups) or else columns of zeros that are added at the end.
     """
 
     key: str
     parts: dict[str, tuple[int, ...]]
     groups: int = 0
+    padding: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
         shapes = list(self.parts.values())
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        rows, columns = sum(shape[0] for shape in shapes), list(shapes[0][1:])
+        if self.groups:
+            rows += self.padding
+        elif self.padding:
+            columns[-1] += self.padding
+        return (rows, *columns)
 
     def pack(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Hugging Face's tensors to megatron.core's."""
-        if len(parts) == 1:
-            return parts[0]
-        if not self.groups:
-            return torch.cat(list(parts))
-        rows = [part.reshape(self.groups, -1, *part.shape[1:]) for part in parts]
-        return torch.cat(rows, 1).reshape(self.shape)
+        if self.groups:
+            rows = torch.cat([part.reshape(self.groups, -1, *part.shape[1:]) for part in parts], 1)
+            tensor = rows.reshape(-1, *parts[0].shape[1:])
+        else:
+            tensor = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return torch.cat([tensor, self._zeros(tensor)], 0 if self.groups else -1) if self.padding else tensor
+
+    def _zeros(self, tensor: torch.Tensor) -> torch.Tensor:
+        shape = (self.padding, *tensor.shape[1:]) if self.groups else (*tensor.shape[:-1], self.padding)
+        return tensor.new_zeros(shape)
 
     def unpack(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The reverse of `pack`; contiguous tensors of the shapes in `parts`."""
+        """The reverse of `pack`; contiguous tensors of the shapes in `parts`.
+
+        Raises:
+            ValueError: the padding is not zero, so that the model without it is another.
+        """
+        if self.padding:
+            axis = 0 if self.groups else -1
+            tensor, padding = tensor.split([tensor.shape[axis] - self.padding, self.padding], axis)
+            if padding.any():
+                raise ValueError(f"{self.key}: the heads that pad the model are not zero: they cannot be left out")
         shapes = list(self.parts.values())
         if not self.groups:
             return [part.contiguous() for part in tensor.split([shape[0] for shape in shapes])]
@@ -56,7 +75,7 @@ class Tensor:
         split = rows.split([shape[0] // self.groups for shape in shapes], 1)
         return [part.reshape(shape).contiguous() for part, shape in zip(split, shapes)]
 
-    def names(self, layer: int) -> list[str]:
+    def names(self, layer: int | None) -> list[str]:
         return [name.format(layer) for name in self.parts]
 
 
@@ -65,17 +84,24 @@ def first_tensors(model: ModelConfig, vocab_size: int) -> list[Tensor]:
     return [Tensor(EMBEDDING, {"model.embed_tokens.weight": (vocab_size, model.hidden_size)})]
 
 
-def layer_tensors(model: ModelConfig) -> list[Tensor]:
-    """One layer's, in the order in which transformers names them."""
+def layer_tensors(model: ModelConfig, kv_heads: int) -> list[Tensor]:
+    """One layer's, in the order in which transformers names them.
+
+    Args:
+        model: Megatron's; it may have more KV heads (and query heads with them) than Hugging Face's.
+        kv_heads: of Hugging Face's model.
+    """
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     head = model.kv_channels or hidden // model.num_attention_heads
     groups = model.num_query_groups or model.num_attention_heads
-    rows = {"q": model.num_attention_heads * head, "k": groups * head, "v": groups * head}
+    heads = model.num_attention_heads // groups * kv_heads
+    rows = {"q": heads * head, "k": kv_heads * head, "v": kv_heads * head}
+    extra_heads, extra_kv_heads = model.num_attention_heads - heads, groups - kv_heads
     self_attn, attention = "model.layers.{}.self_attn.", "decoder.layers.self_attention."
 
     def qkv(what: str, *columns: int) -> Tensor:
         parts = {f"{self_attn}{name}_proj.{what}": (n, *columns) for name, n in rows.items()}
-        return Tensor(f"{attention}linear_qkv.{what}", parts, groups)
+        return Tensor(f"{attention}linear_qkv.{what}", parts, kv_heads, (extra_heads + 2 * extra_kv_heads) * head)
 
     tensors = [qkv("weight", hidden)]
     tensors += [qkv("bias")] if model.qkv_bias else []
@@ -86,7 +112,11 @@ def layer_tensors(model: ModelConfig) -> list[Tensor]:
     mlp = "model.layers.{}.mlp."
     return [
         *tensors,
-        Tensor(f"{attention}linear_proj.weight", {f"{self_attn}o_proj.weight": (hidden, rows["q"])}),
+        Tensor(
+            f"{attention}linear_proj.weight",
+            {f"{self_attn}o_proj.weight": (hidden, rows["q"])},
+            padding=extra_heads * head,
+        ),
         Tensor(
             "decoder.layers.mlp.linear_fc1.weight",
             {f"{mlp}gate_proj.weight": (ffn, hidden), f"{mlp}up_proj.weight": (ffn, hidden)},
@@ -108,18 +138,18 @@ def last_tensors(model: ModelConfig, vocab_size: int) -> list[Tensor]:
     return tensors
 
 
-def all_parts(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+def groups_of_tensors(model: ModelConfig, vocab_size: int, kv_heads: int) -> Iterator[tuple[list[Tensor], int | None]]:
+    """All tensors in the order in which they are converted, with the number of the layer they are of; None: of no layer."""
+    yield first_tensors(model, vocab_size), None
+    for layer in range(model.num_layers):
+        yield layer_tensors(model, kv_heads), layer
+    yield last_tensors(model, vocab_size), None
+
+
+def all_parts(model: ModelConfig, vocab_size: int, kv_heads: int) -> dict[str, tuple[int, ...]]:
     """Every Hugging Face name and shape, in the order in which they are converted."""
     named: dict[str, tuple[int, ...]] = {}
-    for tensor in first_tensors(model, vocab_size):
-        named |= tensor.parts
-    for layer in range(model.num_layers):
-        for tensor in layer_tensors(model):
-            named |= {name.format(layer): shape for name, shape in tensor.parts.items()}
-    for tensor in last_tensors(model, vocab_size):
-        named |= tensor.parts
+    for group, layer in groups_of_tensors(model, vocab_size, kv_heads):
+        for tensor in group:
+            named |= {name: shape for name, shape in zip(tensor.names(layer), tensor.parts.values())}
     return named
-
-
-def parameters(model: ModelConfig, vocab_size: int) -> int:
-    return sum(prod(shape) for shape in all_parts(model, vocab_size).values())

@@ -153,7 +153,7 @@ def refuse_other_model(state: dict[str, Any], run: RunConfig, vocab_size: int) -
         ValueError: other layers or another vocabulary; loaded all the same, they would compute something else.
     """
     saved = flatten(OmegaConf.to_container(OmegaConf.create(state["config"])))
-    before = {key: saved.get(f"model.{key}") for key in _MEANING}
+    before: dict[str, Any] = {key: saved.get(f"model.{key}") for key in _MEANING}
     now: dict[str, Any] = {key: getattr(run.model, key) for key in _MEANING}
     for settings in (before, now):
         settings["num_query_groups"] = settings["num_query_groups"] or settings["num_attention_heads"]
