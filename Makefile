@@ -1,4 +1,5 @@
 # make demo    the whole story on real text, on a CPU, in a few minutes
+# make walkthrough    a published model through EXACT steps and back
 # make test    the tests, on a CPU
 PYTHON ?= python3
 PYTHON312 ?= python3.12
@@ -12,7 +13,11 @@ export TORCH_COMPILE_DISABLE := 1
 export CUDA_DEVICE_MAX_CONNECTIONS := 1
 export MPLBACKEND := Agg
 
+<<<<<<< HEAD
 .PHONY: demo setup test test-mcore-0.19 test-upstream test-bridge test-bridge-0.6 lint clean
+=======
+.PHONY: demo walkthrough setup test test-mcore-0.19 test-upstream lint clean
+>>>>>>> convert
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +50,7 @@ test-upstream: $(VENV)/.installed $(VENV19)/.installed  ## the real pretrain_gpt
 	MEGATRON_LM=$(MEGATRON_LM) $(VENV)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
 	MEGATRON_LM=$(MEGATRON_LM) $(VENV19)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
 
+<<<<<<< HEAD
 # Megatron-Bridge without the packages of NVIDIA's container, which the tests stand in for (1.6 GB). --no-deps: it asks for CUDA's.
 $(VENV_BRIDGE)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV_BRIDGE)
@@ -69,6 +75,10 @@ test-bridge: $(VENV_BRIDGE)/.installed  ## the real pretrain() of Megatron-Bridg
 
 test-bridge-0.6: $(VENV_BRIDGE06)/.installed  ## the same tests on 0.6.2, Python 3.12
 	MEGATRON_BRIDGE=$(MEGATRON_BRIDGE) $(VENV_BRIDGE06)/bin/python -m pytest -q -m upstream tests/upstream/test_bridge.py
+=======
+walkthrough: setup  ## a published model: weights, documents, census, EXACT steps, back to Hugging Face; in runs/walkthrough
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/continued_pretraining/walkthrough.sh
+>>>>>>> convert
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -76,4 +86,4 @@ lint: setup
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(RUN) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(RUN) runs/walkthrough build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -66,6 +66,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     add.set_defaults(run=run_compare)
 
+    add = commands.add_parser("convert", help="Hugging Face models in and out of the native runner")
+    from . import convert
+
+    convert.add_arguments(add)
+    add.set_defaults(run=convert.run)
+
     add = commands.add_parser("benchmark", help="speed against Megatron's own, in ratios of one run")
     from . import benchmark
 

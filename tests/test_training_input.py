@@ -169,7 +169,8 @@ def test_data_that_do_not_fit_are_refused(folder, tmp_path):
     described = folder / "x.json"
     described.write_text(json.dumps({"vocab_size": 100, "eod_id": 0}))
     try:
-        refused(ValueError, "says 100 where model.override_vocab_size .* says 96")
+        refused(ValueError, "override_vocab_size=96 is below the 100 tokens")
+        assert read_vocabulary(load_config(folder / "tiny.yaml", ["model.override_vocab_size=128"])).vocab_size == 128
         assert read_vocabulary(load_config(folder / "tiny.yaml", ["model.override_vocab_size=null"])).vocab_size == 100
     finally:
         described.unlink()

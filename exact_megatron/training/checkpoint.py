@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from omegaconf import OmegaConf
 
 from ..config import ExactConfig
@@ -21,6 +22,8 @@ from .config import RunConfig
 _STEP = re.compile(r"step_(\d+)$")
 # Optimizer state per parameter, as a plain optimizer has it: loads under any tensor, pipeline and data parallel size.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+CONTENT = {"content_metadata": _SHARDING}  # as dist_checkpointing.save stores it
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
@@ -90,18 +93,82 @@ def save(
     return final
 
 
-def load(path: Path, model: list[Any], optimizer: Any = None, scheduler: Any = None) -> dict[str, Any]:
-    """Load weights and, where given, optimizer and schedule; returns the `state` that was saved."""
+def load(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    """Load weights, optimizer and schedule; returns the `state` that was saved."""
     sharded = _model_state(model)
-    if optimizer is not None:
-        sharded["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=True, metadata=dict(_SHARDING))
+    names = list(sharded)
+    sharded["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=True, metadata=dict(_SHARDING))
     loaded = dist_checkpointing.load(sharded, str(path))
-    for name, chunk in zip(sharded, model):
+    for name, chunk in zip(names, model):
         chunk.module.load_state_dict(loaded[name])
-    if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
-        scheduler.load_state_dict(loaded["scheduler"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.load_state_dict(loaded["scheduler"])
     return loaded["state"]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What was saved beside the tensors: see `describe`."""
+    return dist_checkpointing.load_common_state_dict(str(path))["state"]
+
+
+def load_weights(path: Path, model: list[Any]) -> None:
+    """Load the weights of a model with these layers, saved from any layout, with or without Transformer Engine, or converted.
+
+    Rows of the vocabulary that only this layout's padding has become 0. Extra states of Transformer Engine (FP8 scales) that were
+    not saved stay as they are.
+
+    Raises:
+        KeyError: the checkpoint lacks a weight.
+    """
+    sharded = _model_state(model)
+    names = list(sharded)
+    loaded, _, lacking = dist_checkpointing.load(sharded, str(path), strict=StrictHandling.RETURN_UNEXPECTED)
+    rows = dist_checkpointing.load_tensors_metadata(str(path))[_VOCABULARY[0]].global_shape[0]
+    for name, chunk in zip(names, model):
+        missing, unknown = chunk.module.load_state_dict(loaded[name], strict=False)
+        weights = [key for key in (*lacking, *missing, *unknown) if "_extra_state" not in key]
+        if weights:
+            raise KeyError(f"{path} lacks {', '.join(weights[:4])}, which the model has")
+        for key, parameter in chunk.module.named_parameters():
+            if key in _VOCABULARY:
+                first = parallel_state.get_tensor_model_parallel_rank() * parameter.shape[0]
+                parameter.data[max(0, rows - first) :].zero_()
+
+
+# Settings that give the same tensors another meaning; positions alone may be another, to extend the window.
+_MEANING = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "bias"),
+    *("qkv_bias", "qk_layernorm", "normalization", "layernorm_epsilon", "activation", "rotary_percentage"),
+    "share_embeddings_and_output_weights",
+)
+
+
+def refuse_other_model(state: dict[str, Any], run: RunConfig, vocab_size: int) -> list[str]:
+    """Compare the model of a checkpoint to the one that is to start from its weights.
+
+    Returns:
+        Settings of positions (RoPE) that are another now, for the user to read.
+
+    Raises:
+        ValueError: other layers or another vocabulary; loaded all the same, they would compute something else.
+    """
+    saved = flatten(OmegaConf.to_container(OmegaConf.create(state["config"])))
+    before: dict[str, Any] = {key: saved.get(f"model.{key}") for key in _MEANING}
+    now: dict[str, Any] = {key: getattr(run.model, key) for key in _MEANING}
+    for settings in (before, now):
+        settings["num_query_groups"] = settings["num_query_groups"] or settings["num_attention_heads"]
+        settings["kv_channels"] = settings["kv_channels"] or settings["hidden_size"] // settings["num_attention_heads"]
+    before["override_vocab_size"], now["override_vocab_size"] = state.get("vocab_size", vocab_size), vocab_size
+    changed = {f"model.{key}": (before[key], now[key]) for key in now if before[key] != now[key]}
+    if changed:
+        raise ValueError(f"restore_from_path={run.restore_from_path} holds another model ({_listed(changed)})")
+    positions = flatten(OmegaConf.to_container(OmegaConf.create(run.to_yaml())))
+    return [
+        f"{key}: {saved[key]} there, now {value}"
+        for key, value in positions.items()
+        if key.startswith(("model.rotary_base", "model.rope_scaling", "model.seq_len_interpolation_factor"))
+        and saved.get(key, value) != value
+    ]
 
 
 # What may be another after a resume: where and how long the run trains, its layout and the optimizer's schedule.
@@ -157,14 +224,15 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, child in config.items() for key, value in flatten(child, f"{prefix}{name}.").items()}
 
 
-def describe(run: RunConfig, step: int, census: str | None, weights: str | None) -> dict[str, Any]:
-    """The `state` of a checkpoint."""
+def describe(run: RunConfig, step: int, vocab_size: int, census: str | None, weights: str | None) -> dict[str, Any]:
+    """The `state` of a checkpoint. `vocab_size` is without this layout's padding."""
     exact: ExactConfig = run.model.exact
     return {
         "step": step,
         "consumed_samples": step * run.model.global_batch_size,
         "global_batch_size": run.model.global_batch_size,
         "seq_length": run.model.data.seq_length,
+        "vocab_size": vocab_size,
         "exact": exact.to_dict(),
         "census": census,
         "weights": weights,

@@ -168,6 +168,13 @@ def check(config: RunConfig) -> None:
         refuse(
             f"model.data.seq_length={data.seq_length} must be a multiple of 2 x model.context_parallel_size = {2 * cp}"
         )
+    if data.seq_length > (longest := m.max_position_embeddings or data.seq_length):
+        refuse(
+            f"model.data.seq_length={data.seq_length} is above model.max_position_embeddings={longest}: raise it, and extend the window "
+            "with model.rotary_base, model.rope_scaling or model.seq_len_interpolation_factor"
+        )
+    if m.rope_scaling.rope_type != "default" and m.seq_len_interpolation_factor is not None:
+        refuse("model.rope_scaling and model.seq_len_interpolation_factor both scale the positions: choose one")
     if m.sequence_parallel and (data.seq_length // cp) % tp:
         refuse(
             f"sequence parallelism needs the {data.seq_length // cp} tokens of a context-parallel rank to be a multiple of "

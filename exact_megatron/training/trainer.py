@@ -136,9 +136,8 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         census = self.builder.census
-        return checkpoint.describe(
-            self.run, self.step, census.digest if census else None, self.table.digest if self.table else None
-        )
+        digests = (census.digest if census else None, self.table.digest if self.table else None)
+        return checkpoint.describe(self.run, self.step, self.vocabulary.vocab_size, *digests)
 
     def _restore(self) -> None:
         found = checkpoint.checkpoints(self.run_dir)
@@ -154,9 +153,11 @@ class Trainer:
             self.console.print(f"resumed from {found[-1]}")
         elif self.run.restore_from_path is not None:
             path = checkpoint.find_checkpoint(self.run.restore_from_path)
-            checkpoint.load(path, self.model)
+            state = checkpoint.read_state(path)
+            positions = checkpoint.refuse_other_model(state, self.run, self.vocabulary.vocab_size)
+            checkpoint.load_weights(path, self.model)
             self.optimizer.reload_model_params()
-            self.console.print(f"started from the weights of {path}")
+            self.console.print("\n".join([f"started from the weights of {path}", *positions]))
 
     def save(self) -> Path:
         params = self.run.exp_manager.checkpoint_callback_params

@@ -59,6 +59,8 @@ def data_prefixes(run: RunConfig) -> dict[str, tuple[list[str], list[float] | No
 def read_vocabulary(run: RunConfig, scan: bool = True) -> Vocabulary:
     """Check every .bin/.idx pair and take vocabulary size and EOD from the configuration or from PREFIX.json.
 
+    model.override_vocab_size may be above the tokenizer's size, as in models that are published with a padded vocabulary.
+
     Args:
         scan: read tokens too (one process is enough); False checks the indices alone.
 
@@ -68,7 +70,7 @@ def read_vocabulary(run: RunConfig, scan: bool = True) -> Vocabulary:
             eod_mask_loss relies on it.
     """
     data = run.model.data
-    size, eod = run.model.override_vocab_size, data.eod_id
+    rows, size, eod = run.model.override_vocab_size, None, data.eod_id
     prefixes = sorted({p for blend in data_prefixes(run).values() if blend for p in blend[0]})
     for prefix in prefixes:
         if prefix.endswith((".bin", ".idx")):
@@ -77,14 +79,20 @@ def read_vocabulary(run: RunConfig, scan: bool = True) -> Vocabulary:
     for prefix in prefixes:
         facts = _described(prefix)
         for key, mine, name in (
-            ("vocab_size", size, "model.override_vocab_size"),
-            ("eod_id", eod, "model.data.eod_id"),
+            ("vocab_size", size, ""),
+            ("eod_id", eod, "model.data.eod_id or "),
         ):
             if facts and mine is not None and mine != facts[key]:
                 raise ValueError(
-                    f"{prefix}.json says {facts[key]} where {name} or another member of the blend says {mine}"
+                    f"{prefix}.json says {key} {facts[key]} where {name}another member of the blend says {mine}"
                 )
         size, eod = facts.get("vocab_size", size), facts.get("eod_id", eod)
+    if rows is not None and size is not None and rows < size:
+        raise ValueError(
+            f"model.override_vocab_size={rows} is below the {size} tokens of {prefixes[0]}'s tokenizer: the model has no row for some "
+            "(published models have more rows than their tokenizer has tokens, which is fine)"
+        )
+    size = rows or size
     if size is None or eod is None:
         raise ValueError(
             f"the vocabulary of {prefixes[0]} is not known, since there is no {prefixes[0]}.json: set "
