@@ -10,7 +10,7 @@
 #   MAX_CRASHES       crashes without a newer checkpoint between them after which the job gives up [3]
 #   MIN_FREE_GB       free space that the run's folder must have before the ranks start     [20]
 set -eEuo pipefail
-trap 'echo "slurm: ${BASH_SOURCE[0]##*/}:$LINENO: exit code $? of: $BASH_COMMAND" >&2' ERR
+trap 'say "${BASH_SOURCE[0]##*/}:$LINENO ends with exit code $?: $BASH_COMMAND" >&2' ERR
 
 : "${PYTHON:=python}" "${SETUP:=}" "${CONTAINER_IMAGE:=}" "${CONTAINER_MOUNTS:=}" "${MAX_CRASHES:=3}" "${MIN_FREE_GB:=20}"
 : "${RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}"
@@ -99,6 +99,23 @@ newest_checkpoint() {
     find "$1/checkpoints" -maxdepth 1 -name 'step_*' ! -name '*.partial' -printf '%f\n' 2>/dev/null | sort | sed -n '$p' || true
 }
 
+# step_command FOLDER: sets `command` to srun, in the container if there is one.
+step_command() {
+    # No --cpus-per-task: a step then has all CPUs of the job, which is --exclusive; node.sh binds ranks to their GPU's NUMA node.
+    command=(srun --cpu-bind=none)
+    [ -z "$CONTAINER_IMAGE" ] || command+=(--container-image="$CONTAINER_IMAGE" --container-workdir="$PWD"
+        --container-mounts="$PWD,$(realpath "$1"),$SCRIPTS${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
+}
+
+# run_once FOLDER ARGUMENT...: `$PYTHON ARGUMENT...` as one process on the first node.
+run_once() {
+    local command
+    step_command "$1"
+    shift
+    # shellcheck disable=SC2016 # expanded on the node
+    "${command[@]}" --nodes=1 --ntasks=1 bash -c '[ -z "$SETUP" ] || source "$SETUP"; exec "$PYTHON" "$@"' - "$@"
+}
+
 # run_ranks FOLDER ARGUMENT...: one torchrun a node with these arguments, supervised. Does not return unless the run has finished.
 #
 # FOLDER/slurm/JOB.TRY/ has a log for each node and each rank; FOLDER/slurm/finished holds the arguments of a finished run.
@@ -116,23 +133,18 @@ run_ranks() {
     say "job $SLURM_JOB_ID try ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, $RANKS_PER_NODE ranks a node, $MASTER_ADDR:$MASTER_PORT," \
         "from ${before:-the start}. Logs: $attempt"
 
-    # No --cpus-per-task: the step then has all CPUs of the job, which is --exclusive; node.sh binds ranks to their GPU's NUMA node.
-    local command=(srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --output="$attempt/node-%n.log")
-    if [ -n "$CONTAINER_IMAGE" ]; then
-        mkdir -p "$folder"
-        command+=(--container-image="$CONTAINER_IMAGE" --container-workdir="$PWD"
-            --container-mounts="$PWD,$(realpath "$folder"),$SCRIPTS${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
-    fi
+    local command
+    step_command "$folder"
     asked_to_stop='' ended=''
     trap 'asked_to_stop=1; interrupted=1; scancel --signal=USR1 "$SLURM_JOB_ID" || true' USR1 # all steps, not this shell
     trap 'ended=1; interrupted=1' TERM                                                        # Slurm has told the steps
-    "${command[@]}" bash "$SCRIPTS/node.sh" "$attempt" "$@" &
+    "${command[@]}" --ntasks-per-node=1 --kill-on-bad-exit=1 --output="$attempt/node-%n.log" bash "$SCRIPTS/node.sh" "$attempt" "$@" &
     wait_for $!
     trap '' USR1
 
     if [ -n "$ended" ]; then
-        say "ended from outside (scancel, preemption, shutdown) at ${before:-the start} to $(newest_checkpoint "$folder"). Slurm requeues it if" \
-            "the reason was its own"
+        say "ended from outside (scancel, preemption, shutdown), newest checkpoint $(newest_checkpoint "$folder"). Slurm requeues it, unless" \
+            "it was cancelled"
         exit 143
     fi
     [ ! -e "$attempt/stopped" ] || asked_to_stop=1 # `scancel --signal=USR1 JOB` reaches the ranks and not this shell
@@ -174,7 +186,9 @@ count_crash() {
     reason=$(explain "$attempt" "$status" "$failures")
     say "$reason"
     code=$(awk 'NR == 1 { print $2 }' <<<"$failures")
-    if [ "${code:-}" = "$REFUSED" ]; then
+    # Errors of the system are worth another try, but for: no such file, no permission, a file in a folder's place, no space,
+    # read-only, quota.
+    if [ "${code:-}" = "$REFUSED" ] && ! grep '\[Errno ' <<<"$reason" | grep -qvE '\[Errno (2|13|17|20|28|30|122)\]'; then
         say "not tried again: the ranks refused to go on, and would again"
         exit "$REFUSED"
     fi
@@ -190,18 +204,18 @@ count_crash() {
 explain() {
     local attempt=$1 status=$2 failures=$3 time code rank log how
     if [ -z "$failures" ]; then
-        printf 'srun ended with %s and no torchrun says why; the logs end with:\n' "$status"
-        tail -n 5 "$attempt"/node-*.log
+        printf 'srun ended with %s and no torchrun says why. The end of the logs:\n' "$status"
+        tail -n 5 "$attempt"/node-*.log 2>/dev/null || echo "(there are none: see what srun says above)"
         return
     fi
     read -r time code rank log <<<"$failures"
     how="exit code $code"
     [ "$code" -ge 0 ] || how="signal ${code#-}"
     [ "$code" != -9 ] || how+=" (often the kernel, out of memory: see dmesg on the node)"
-    printf 'rank %s of %s failed first, at %s, with %s. It said last:\n' "$rank" "$(basename "$log" .log)" "$time" "$how"
+    printf 'rank %s of %s failed first, at %s, with %s. The end of its log:\n' "$rank" "$(basename "$log" .log)" "$time" "$how"
     # A refusal is one line; of anything else the end of the traceback is wanted.
     find "${log%.log}" -path "*/$rank/stderr.log" -exec cat {} + | grep -v '^ *$' >"$attempt/failed.log" || true
-    grep '^exact-megatron [a-z]*: ' "$attempt/failed.log" || tail -n 12 "$attempt/failed.log"
+    grep '^exact-megatron[a-z -]*: ' "$attempt/failed.log" || tail -n 12 "$attempt/failed.log"
 }
 
 requeue() {

@@ -42,7 +42,7 @@ stop() {
     found=$(ranks)
     echo "node.sh: $1, passed on to ${found:-torchrun, which has no ranks yet}"
     # shellcheck disable=SC2086 # several process ids
-    kill -TERM ${found:-$torchrun} || true
+    kill -TERM ${found:-$torchrun} 2>/dev/null || true # some may have ended since
 }
 
 stopping=''
