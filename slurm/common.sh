@@ -71,16 +71,19 @@ wait_for() {
     done
 }
 
-# check_folder DIR: make it, write to it, look at its space; otherwise one line, before any rank starts.
+# check_folder DIR SO_FAR: make it, write to it, look at its space; a problem is one line, with what has been done so far, and the end.
 check_folder() {
-    local dir=$1 probe free error
-    error=$(mkdir -p "$dir" 2>&1) || refuse "cannot make the folder $dir: $error. Nothing was started; give another exp_dir"
+    local dir=$1 so_far=$2 probe free error
+    error=$(mkdir -p "$dir" 2>&1) || refuse "cannot make the folder $dir: $error. $so_far; give another folder for the run"
     probe=$dir/.probe.$SLURM_JOB_ID
-    error=$( (head -c 65536 /dev/zero >"$probe") 2>&1 && rm "$probe") ||
-        refuse "cannot write to $dir: $error. Nothing was started; free space or quota there, or give another exp_dir"
+    error=$( (head -c 65536 /dev/zero >"$probe") 2>&1) || {
+        rm -f "$probe"
+        refuse "cannot write to $dir: $error. $so_far; free space or quota there, or give another folder for the run"
+    }
+    rm "$probe"
     free=$(df -Pk "$dir" | awk 'NR == 2 { print int($4 / 1048576) }')
     [ "$free" -ge "$MIN_FREE_GB" ] ||
-        refuse "$dir has $free GB free, MIN_FREE_GB=$MIN_FREE_GB. Nothing was started; free space, or lower MIN_FREE_GB to what checkpoints need"
+        refuse "$dir has $free GB free, MIN_FREE_GB=$MIN_FREE_GB. $so_far; free space, or lower MIN_FREE_GB to what checkpoints need"
 }
 
 # value KEY DEFAULT ARGUMENT...: the last KEY=value among the arguments, without Hydra's leading +.
@@ -97,6 +100,13 @@ value() {
 # The newest checkpoint of the run's folder; scripts of other hosts define their own after sourcing this file.
 newest_checkpoint() {
     find "$1/checkpoints" -maxdepth 1 -name 'step_*' ! -name '*.partial' -printf '%f\n' 2>/dev/null | sort | sed -n '$p' || true
+}
+
+# The newest checkpoint, in words.
+progress() {
+    local newest
+    newest=$(newest_checkpoint "$1")
+    printf '%s\n' "${newest:-the start}"
 }
 
 # step_command FOLDER: sets `command` to srun, in the container if there is one.
@@ -120,18 +130,17 @@ run_once() {
 #
 # FOLDER/slurm/JOB.TRY/ has a log for each node and each rank; FOLDER/slurm/finished holds the arguments of a finished run.
 run_ranks() {
-    local folder=$1 state attempt before status
+    local folder=$1 state attempt status
     shift
     state=$folder/slurm
-    check_folder "$state"
+    check_folder "$state" "Nothing was started"
     attempt=$state/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
     mkdir -p "$attempt"
     ln -sfn "${attempt##*/}" "$state/latest"
     rm -f "$state/finished"
     set_environment
-    before=$(newest_checkpoint "$folder")
     say "job $SLURM_JOB_ID try ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, $RANKS_PER_NODE ranks a node, $MASTER_ADDR:$MASTER_PORT," \
-        "from ${before:-the start}. Logs: $attempt"
+        "from $(progress "$folder"). Logs: $attempt"
 
     local command
     step_command "$folder"
@@ -143,7 +152,7 @@ run_ranks() {
     trap '' USR1
 
     if [ -n "$ended" ]; then
-        say "ended from outside (scancel, preemption, shutdown), newest checkpoint $(newest_checkpoint "$folder"). Slurm requeues it, unless" \
+        say "ended from outside (scancel, preemption, shutdown), at $(progress "$folder"). Slurm requeues it, unless" \
             "it was cancelled"
         exit 143
     fi
@@ -151,13 +160,13 @@ run_ranks() {
     if [ -z "$asked_to_stop" ] && [ "$status" = 0 ]; then
         rm -f "$state/crashes"
         printf '%s\n' "$*" >"$state/finished"
-        say "finished at $(newest_checkpoint "$folder")"
+        say "finished at $(progress "$folder")"
         return
     fi
     local failures
     failures=$(root_causes "$attempt")
     if [ -n "$asked_to_stop" ] && ! grep -qv '^[^ ]* -15 ' <<<"${failures:-none -15 }"; then
-        requeue "stopped by a signal at $(newest_checkpoint "$folder")"
+        requeue "stopped by a signal at $(progress "$folder")"
     fi
     count_crash "$folder" "$attempt" "$status" "$failures"
 }
@@ -178,11 +187,13 @@ root_causes() {
 # count_crash FOLDER ATTEMPT STATUS FAILURES: requeue, or end the job when trying again is no use.
 count_crash() {
     local folder=$1 attempt=$2 status=$3 failures=$4 now crashes=0 last='' reason code
+    # A full disk has no room for the reason either.
+    check_folder "$folder/slurm" "The ranks ended with an error, at $(progress "$folder")"
     now=$(newest_checkpoint "$folder")
     [ ! -s "$folder/slurm/crashes" ] || read -r crashes last <"$folder/slurm/crashes" || true
     [ "$last" = "$now" ] || crashes=0
     crashes=$((crashes + 1))
-    printf '%s %s\n' "$crashes" "$now" >"$folder/slurm/crashes" || say "cannot write $folder/slurm/crashes"
+    printf '%s %s\n' "$crashes" "$now" >"$folder/slurm/crashes"
     reason=$(explain "$attempt" "$status" "$failures")
     say "$reason"
     code=$(awk 'NR == 1 { print $2 }' <<<"$failures")
@@ -220,6 +231,7 @@ explain() {
 
 requeue() {
     local error
+    trap '' TERM # which Slurm sends at once, to scontrol too
     if error=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
         say "$1; requeued"
         exit 0

@@ -25,7 +25,7 @@ options=(--nnodes "$nodes" --node-rank "$SLURM_NODEID" --nproc-per-node "$RANKS_
     --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --log-dir "$attempt/node-$SLURM_NODEID" --redirects 3)
 [ -z "$tee" ] || options+=(--tee "$tee")
 
-# Each rank on the CPUs of its GPU's NUMA node, where torchrun can do that (torch 2.9 and later).
+# Each rank on the CPUs of its GPU's NUMA node, where this torch's torchrun can do that.
 torchrun_source=$("$PYTHON" -c 'import importlib.util as u, os; print(os.path.join(*u.find_spec("torch").submodule_search_locations, "distributed/run.py"))')
 if [ -e /dev/nvidia0 ] && grep -q -e '"--numa-binding"' "$torchrun_source"; then options+=(--numa-binding node); fi
 

@@ -19,7 +19,8 @@ stages.sh --folder DIR [--base CHECKPOINT] --stage "NAME ARGUMENTS" ... [options
   --base CHECKPOINT        weights that the first stage starts from; default: none, the first stage starts anew
   --stage "NAME ARGUMENTS" a stage: name of its folder, and what `exact-megatron train` gets for it; in this order
   --arm "NAME ARGUMENTS"   default: "baseline model.exact.enabled=false" and "exact model.exact.enabled=true"
-  --evaluate ARGUMENTS     of `exact-megatron evaluate`; default: "--suite distance-probe"; the first two arms are compared
+  --evaluate ARGUMENTS     of `exact-megatron evaluate`; default: "--suite distance-probe"; the first two arms are compared.
+                           With --tensor-parallel N the last stage's checkpoint is evaluated, else the converted model
   --last train|convert|evaluate   stop after these jobs; default: evaluate
   --sbatch OPTIONS         for the training jobs, for example "--nodes=8 --account=x --time=12:00:00"
   --task-sbatch OPTIONS    for conversion and evaluation, for example "--account=x"
@@ -148,8 +149,10 @@ for arm in "${arms[@]}"; do
         convert megatron-to-hf "$run" "$hf"
     [ "$last" != convert ] || continue
     read -ra words <<<"$evaluate"
+    model=$hf # a Hugging Face model is evaluated on one device
+    case " $evaluate " in *" --tensor-parallel "*) model=$run ;; esac
     submit "$arm.evaluate" "$folder/$arm/evaluate" "$job" "${task[@]}" "$SCRIPTS/task.sbatch" "$folder/$arm/evaluate" \
-        evaluate "$hf" "${words[@]}" --output "$folder/$arm/evaluation"
+        evaluate "$model" "${words[@]}" --output "$folder/$arm/evaluation"
     evaluations+=("$folder/$arm/evaluation")
     [ -z "$job" ] || evaluated+=("$job")
 done

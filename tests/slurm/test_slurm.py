@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS
 from tiny import config_file, write_data
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 60
+SCRIPTS = Path(__file__).resolve().parents[2] / "slurm"
+STEPS = 40
 EVERY = 5  # steps between checkpoints
 ARGUMENTS = [
     f"trainer.max_steps={STEPS}",
@@ -236,10 +236,9 @@ def test_chain_of_stages(cluster, tiny):
     }
     assert tails == {16: 8, 32: 8, 64: 16}
     for window, before in ((32, 16), (64, 32)):
-        said = "".join(p.read_text() for p in (chain / "exact" / f"w{window}" / "slurm" / "latest").glob("node-0.log"))
-        assert f"started from the weights of {chain}/exact/w{before}/checkpoints/step_00000003" in said.replace(
-            "\n", ""
-        )
+        said = (chain / "exact" / f"w{window}" / "slurm" / "latest" / "node-0.log").read_text()
+        start = f"started from the weights of {chain}/exact/w{before}/checkpoints/step_00000003"
+        assert start in re.sub(r"\n\[default0\]:(?=/)", "", said)
 
 
 CRASHES = """#!/usr/bin/env bash
@@ -268,25 +267,36 @@ def test_crash_loop_ends_with_its_reason(cluster, tiny):
 
 
 def test_full_disk_is_one_clear_error(cluster, tiny):
-    """Before the ranks start, and while they write a checkpoint; neither is tried again."""
+    """Before the ranks start, where the logs are, and where the checkpoints are; it is not tried again."""
     if not cluster.virtual:
-        pytest.skip("mounts a small disk: needs root on the nodes")
+        pytest.skip("mounts small disks: needs root on the nodes")
     folder, _ = tiny
-    disk = folder / "disk"
-    disk.mkdir()
     one_node = ("--nodes=1", "--gpus-per-node=1", "--time=20")
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=True)
-    try:
-        job, _ = submit(cluster, tiny, "disk", options=one_node, RANKS_PER_NODE="1", MIN_FREE_GB="1")
-        with pytest.raises(AssertionError, match="FAILED"):
-            cluster.wait(job, "COMPLETED", seconds=60)
-        assert f"{disk}/slurm has 0 GB free, MIN_FREE_GB=1. Nothing was started" in cluster.log(job)
 
-        job, _ = submit(cluster, tiny, "disk", "model.hidden_size=128", options=one_node, RANKS_PER_NODE="1")
+    def failed(name, *arguments, **settings):
+        job, _ = submit(cluster, tiny, name, *arguments, options=one_node, RANKS_PER_NODE="1", **settings)
         with pytest.raises(AssertionError, match="FAILED"):
             cluster.wait(job, "COMPLETED", seconds=STARTS)
-        log = cluster.log(job)
-        assert "[Errno 28] No space left on device" in log and "not tried again" in log, log
         assert cluster.job(job)["Restarts"] == "0"
+        return cluster.log(job)
+
+    mounted = []
+    try:
+        for disk in (folder / "logs", folder / "checkpoints" / "checkpoints"):
+            disk.mkdir(parents=True)
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=True)
+            mounted.append(disk)
+        log = failed("logs", MIN_FREE_GB="1")
+        assert f"{folder}/logs/slurm has 0 GB free, MIN_FREE_GB=1. Nothing was started" in log
+        log = failed("checkpoints", "model.hidden_size=128")
+        assert re.search(
+            "exact-megatron train: checkpoint .*/step_00000004.partial cannot be written: .* 0.0 GB are free there", log
+        ), log
+        assert "not tried again" in log, log
+        log = failed("logs", "model.hidden_size=128")
+        assert "No space left on device. The ranks ended with an error, at the start; free space" in log, log
+        log = failed("logs")
+        assert "No space left on device. Nothing was started; free space" in log, log
     finally:
-        subprocess.run(["umount", "-l", disk], check=True)
+        for disk in mounted:
+            subprocess.run(["umount", "-l", disk], check=True)
