@@ -13,11 +13,9 @@ export TORCH_COMPILE_DISABLE := 1
 export CUDA_DEVICE_MAX_CONNECTIONS := 1
 export MPLBACKEND := Agg
 
-<<<<<<< HEAD
-.PHONY: demo setup test test-mcore-0.19 test-upstream test-bridge test-bridge-0.6 lint clean
-=======
-.PHONY: demo walkthrough setup test test-mcore-0.19 test-upstream lint clean
->>>>>>> convert
+
+
+.PHONY: demo setup test test-mcore-0.19 test-upstream test-bridge test-bridge-0.6 test-slurm walkthrough lint clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,7 +48,6 @@ test-upstream: $(VENV)/.installed $(VENV19)/.installed  ## the real pretrain_gpt
 	MEGATRON_LM=$(MEGATRON_LM) $(VENV)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
 	MEGATRON_LM=$(MEGATRON_LM) $(VENV19)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
 
-<<<<<<< HEAD
 # Megatron-Bridge without the packages of NVIDIA's container, which the tests stand in for (1.6 GB). --no-deps: it asks for CUDA's.
 $(VENV_BRIDGE)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV_BRIDGE)
@@ -75,10 +72,12 @@ test-bridge: $(VENV_BRIDGE)/.installed  ## the real pretrain() of Megatron-Bridg
 
 test-bridge-0.6: $(VENV_BRIDGE06)/.installed  ## the same tests on 0.6.2, Python 3.12
 	MEGATRON_BRIDGE=$(MEGATRON_BRIDGE) $(VENV_BRIDGE06)/bin/python -m pytest -q -m upstream tests/upstream/test_bridge.py
-=======
+
 walkthrough: setup  ## a published model: weights, documents, census, EXACT steps, back to Hugging Face; in runs/walkthrough
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/continued_pretraining/walkthrough.sh
->>>>>>> convert
+
+test-slurm: setup  ## the jobs of slurm/ on four virtual nodes, as root; on a cluster: EXACT_SLURM=existing make test-slurm SHARED=/shared/folder
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m slurm tests/slurm --durations=10 $(if $(SHARED),--basetemp $(SHARED)/test-slurm)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -15,8 +15,9 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from omegaconf import OmegaConf
+from torch.distributed.checkpoint.api import CheckpointException
 
-from ..config import ExactConfig
+from ..config import ExactConfig, ExactError
 from .config import RunConfig
 
 _STEP = re.compile(r"step_(\d+)$")
@@ -62,6 +63,9 @@ def save(
 
     Args:
         state: what `load` returns: step, consumed samples, the run's EXACT settings and digests; plain Python values.
+
+    Raises:
+        ExactError: a rank could not write its part, the disk is full for example.
     """
     final = Path(run_dir, "checkpoints", f"step_{step:08d}")
     partial = final.with_name(final.name + ".partial")
@@ -77,7 +81,18 @@ def save(
     sharded["optimizer"] = optimizer.sharded_state_dict(sharded, metadata=dict(_SHARDING))
     sharded["scheduler"] = scheduler.state_dict()
     sharded["state"] = state
-    dist_checkpointing.save(sharded, str(partial), content_metadata=dict(_SHARDING))
+    try:
+        dist_checkpointing.save(sharded, str(partial), content_metadata=dict(_SHARDING))
+    except CheckpointException as error:
+        causes = {
+            " ".join(str(cause).split()) or repr(cause) for cause, _ in error.failures.values()
+        }  # on the first rank only
+        kept = checkpoints(run_dir)
+        free = shutil.disk_usage(partial).free / 1e9
+        raise ExactError(
+            f"checkpoint {partial} cannot be written: {'; '.join(sorted(causes)) or 'see the first rank'}. {free:.1f} GB are free there; "
+            f"the newest whole checkpoint is {kept[-1] if kept else 'none'}. Free space or quota, then start the same command again"
+        ) from error
     for chunk in gathered_later:
         chunk.enable_forward_pre_hook()
     torch.distributed.barrier()

@@ -272,7 +272,9 @@ class Trainer:
         params = run.exp_manager.checkpoint_callback_params
         log = RunLog(self) if self.is_first else None
         loader = iter(build_loader(run, self.train_data, self.vocabulary, self.step * run.model.global_batch_size))
-        previous = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
+        # A signal that whoever started this rank has it ignore stays ignored, by the checkpoint's helper processes too.
+        heard = [s for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
+        previous = {s: signal.signal(s, self._on_signal) for s in heard}
         saved, first = self.step, self.step + 1
         try:
             while self.step < trainer.max_steps:

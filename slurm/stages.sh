@@ -1,0 +1,164 @@
+#!/usr/bin/env bash
+# Continued pretraining in stages, baseline and EXACT side by side, then conversion and evaluation, as a chain of Slurm jobs:
+#
+#   slurm/stages.sh --folder runs/NAME --base CHECKPOINT \
+#       --stage "4k --config configs/stages/4k.yaml" --stage "8k --config configs/stages/8k.yaml" \
+#       --stage "16k --config configs/stages/16k.yaml" \
+#       -- --config configs/cpt.yaml --config configs/models/NAME.yaml
+#
+# Each arm is a chain of its own: every stage starts from the last one's weights, with the census of its own window (tau is a
+# quarter of it, unless the stage says otherwise). Where a job fails, what depends on it is cancelled; run the same line again, and it
+# submits what is neither finished nor queued. FOLDER/ARM/STAGE is a stage's run, FOLDER/ARM/hf its model, FOLDER/ARM/evaluation its
+# numbers, FOLDER/comparison the two arms'.
+set -euo pipefail
+
+usage() {
+    cat <<'USAGE'
+stages.sh --folder DIR [--base CHECKPOINT] --stage "NAME ARGUMENTS" ... [options] -- [arguments of every `exact-megatron train`]
+  --folder DIR             where everything goes; on a file system that all nodes see
+  --base CHECKPOINT        weights that the first stage starts from; default: none, the first stage starts anew
+  --stage "NAME ARGUMENTS" a stage: name of its folder, and what `exact-megatron train` gets for it; in this order
+  --arm "NAME ARGUMENTS"   default: "baseline model.exact.enabled=false" and "exact model.exact.enabled=true"
+  --evaluate ARGUMENTS     of `exact-megatron evaluate`; default: "--suite distance-probe"; the first two arms are compared.
+                           With --tensor-parallel N the last stage's checkpoint is evaluated, else the converted model
+  --last train|convert|evaluate   stop after these jobs; default: evaluate
+  --sbatch OPTIONS         for the training jobs, for example "--nodes=8 --account=x --time=12:00:00"
+  --task-sbatch OPTIONS    for conversion and evaluation, for example "--account=x"
+  --dry-run                print what would be submitted, and do nothing
+USAGE
+}
+
+die() {
+    echo "stages.sh: $*" >&2
+    exit 2
+}
+
+SCRIPTS=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
+export SCRIPTS
+folder='' base='' evaluate='--suite distance-probe' last=evaluate dry_run='' stages=() arms=() training=() task=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --dry-run) dry_run=1 ;;
+    -h | --help) usage && exit ;;
+    --) shift && break ;;
+    --folder | --base | --stage | --arm | --evaluate | --last | --sbatch | --task-sbatch)
+        [ $# -ge 2 ] || die "$1 needs a value"
+        case $1 in
+        --folder) folder=$2 ;;
+        --base) base=$2 ;;
+        --stage) stages+=("$2") ;;
+        --arm) arms+=("$2") ;;
+        --evaluate) evaluate=$2 ;;
+        --last) last=$2 ;;
+        --sbatch) read -ra training <<<"$2" ;;
+        --task-sbatch) read -ra task <<<"$2" ;;
+        esac
+        shift
+        ;;
+    *) die "unknown argument $1; see --help. Arguments for training stand after --" ;;
+    esac
+    shift
+done
+[ -n "$folder" ] || die "--folder is missing; see --help"
+[ ${#stages[@]} -gt 0 ] || die "no --stage; see --help"
+[ ${#arms[@]} -gt 0 ] || arms=("baseline model.exact.enabled=false" "exact model.exact.enabled=true")
+case $last in train | convert | evaluate) ;; *) die "--last $last: train, convert or evaluate" ;; esac
+folder=$(realpath -m "$folder")
+[ -z "$base" ] || base=$(realpath -m "$base")
+[ -z "$base" ] || [ -n "$dry_run" ] || [ -e "$base" ] || die "--base $base: there is no such checkpoint"
+
+if [ -z "$dry_run" ]; then
+    mkdir -p "$folder" || die "cannot make $folder"
+    exec 9>"$folder/stages.lock"
+    flock -n 9 || die "another stages.sh is at work in $folder"
+fi
+# Names that no other folder's jobs have: by them the queue is searched.
+prefix=$(basename "$folder").$(cksum <<<"$folder" | cut -c1-6)
+submitted=0
+
+# submit NAME RUN AFTER ARGUMENT...: sets `job` to the id to wait for, '' where it has finished.
+# AFTER: ids of the jobs that must have succeeded, joined by ':'. ARGUMENT: sbatch's options, script and the script's arguments.
+submit() {
+    local name=$prefix.$1 run=$2 after=$3 before queued='' dependency=()
+    shift 3
+    local line="$*"
+    if [ -z "$dry_run" ] || command -v squeue >/dev/null; then
+        queued=$(squeue --me --noheader --name="$name" --format=%i 2>&1) || {
+            [ -n "$dry_run" ] || die "squeue failed, nothing more is submitted: $queued"
+            queued=''
+        }
+    fi
+    before=$(cat "$run/slurm/submitted" 2>/dev/null || true)
+    if [ -n "$queued" ] || [ -e "$run/slurm/finished" ]; then
+        [ "$before" = "$line" ] || die "${name#"$prefix."} was submitted with other arguments:
+  then: $before
+  now:  $line
+Put them back, choose another --folder, or cancel the job and remove $run"
+        [ -n "$queued" ] && echo "queued    ${name#"$prefix."}: job $queued" || echo "finished  ${name#"$prefix."}"
+        job=$queued
+        return
+    fi
+    [ -z "$after" ] || dependency=("--dependency=afterok:$after" --kill-on-invalid-dep=yes)
+    set -- sbatch --parsable --job-name="$name" --output="$run/slurm/%j.out" "${dependency[@]}" "$@"
+    if [ -n "$dry_run" ]; then
+        echo "submit    ${name#"$prefix."}"
+        printf '          %s\n' "$(printf '%q ' "$@")"
+        job="<${name#"$prefix."}>"
+        return
+    fi
+    mkdir -p "$run/slurm"
+    printf '%s\n' "$line" >"$run/slurm/submitted"
+    job=$("$@") || die "sbatch failed: what was submitted before stays; run the same line again"
+    job=${job%%;*}
+    submitted=$((submitted + 1))
+    echo "submitted ${name#"$prefix."}: job $job${after:+, after $after}"
+}
+
+# sorted_arguments ARGUMENT...: sets `sorted`: all --config FILE first, as the command line wants them, then the rest in its order.
+sorted_arguments() {
+    local rest=()
+    sorted=()
+    while [ $# -gt 0 ]; do
+        if [ "$1" = --config ] && [ $# -gt 1 ]; then
+            sorted+=("$1" "$2")
+            shift
+        else
+            rest+=("$1")
+        fi
+        shift
+    done
+    sorted+=("${rest[@]}")
+}
+
+evaluations=() evaluated=()
+for arm in "${arms[@]}"; do
+    read -ra words <<<"$arm"
+    arm=${words[0]} arm_arguments=("${words[@]:1}") job='' from=$base run=''
+    for stage in "${stages[@]}"; do
+        read -ra words <<<"$stage"
+        run=$folder/$arm/${words[0]}
+        start=()
+        [ -z "$from" ] || start=("restore_from_path=$from")
+        sorted_arguments "$@" "${words[@]:1}" "${arm_arguments[@]}" "exp_manager.exp_dir=$run" "${start[@]}"
+        submit "$arm.${words[0]}" "$run" "$job" "${training[@]}" "$SCRIPTS/train.sbatch" "${sorted[@]}"
+        from=$run
+    done
+    [ "$last" != train ] || continue
+    hf=$folder/$arm/hf
+    submit "$arm.convert" "$folder/$arm/convert" "$job" "${task[@]}" "$SCRIPTS/task.sbatch" "$folder/$arm/convert" \
+        convert megatron-to-hf "$run" "$hf"
+    [ "$last" != convert ] || continue
+    read -ra words <<<"$evaluate"
+    model=$hf # a Hugging Face model is evaluated on one device
+    case " $evaluate " in *" --tensor-parallel "*) model=$run ;; esac
+    submit "$arm.evaluate" "$folder/$arm/evaluate" "$job" "${task[@]}" "$SCRIPTS/task.sbatch" "$folder/$arm/evaluate" \
+        evaluate "$model" "${words[@]}" --output "$folder/$arm/evaluation"
+    evaluations+=("$folder/$arm/evaluation")
+    [ -z "$job" ] || evaluated+=("$job")
+done
+if [ ${#evaluations[@]} -ge 2 ]; then
+    after=$(IFS=: && printf '%s' "${evaluated[*]}")
+    submit compare "$folder/compare" "$after" "${task[@]}" "$SCRIPTS/task.sbatch" "$folder/compare" \
+        evaluate compare "${evaluations[0]}" "${evaluations[1]}" --output "$folder/comparison" --names "${arms[0]%% *}" "${arms[1]%% *}"
+fi
+[ -n "$dry_run" ] || echo "$submitted jobs submitted. squeue --me shows them; the same line submits what fails until then once more"

@@ -1,0 +1,376 @@
+"""The scripts of slurm/ without a Slurm: its commands are stand-ins that write down how they were called. tests/slurm/ has the real one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "slurm"
+FILES = sorted(p for p in SCRIPTS.iterdir() if p.suffix in (".sh", ".sbatch"))
+JOBS = [p.name for p in FILES if p.suffix == ".sbatch"]
+
+SBATCH = """
+id=$(( $(cat ids 2>/dev/null || echo 100) + 1 )); echo $id >ids
+for a; do case $a in --job-name=*) name=${a#*=} ;; esac; done
+echo "$id $name" >>queue
+echo "$*" >>sbatch.calls
+echo $id
+"""
+SQUEUE = """
+for a; do case $a in --name=*) name=${a#*=} ;; esac; done
+[ ! -e queue ] || awk -v name="$name" '$2 == name { print $1 }' queue
+"""
+SRUN = """
+printf '%s\\n' "$@" >>srun.calls
+env | sort >srun.environment
+for a; do case $a in --output=*) log=${a#*=} ;; esac; done
+log=${log//%n/0}
+[ ! -e says ] || cat says >"$log"
+exit $(cat code 2>/dev/null || echo 0)
+"""
+SCONTROL = """
+echo "$*" >>scontrol.calls
+case "$1 $2" in
+"show hostnames") printf 'node1\\nnode2\\n' ;;
+"show node") echo "NodeName=node1 Arch=x86_64 NodeAddr=10.1.2.3 NodeHostName=node1" ;;
+esac
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """run(script, *arguments, **settings) in a folder with stand-ins for Slurm's commands and an environment that is all but empty."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in {
+        "sbatch": SBATCH,
+        "squeue": SQUEUE,
+        "srun": SRUN,
+        "scontrol": SCONTROL,
+        "scancel": "",
+        "getent": "exit ${GETENT:-0}",
+    }.items():
+        (commands / name).write_text("#!/usr/bin/env bash\n" + text)
+        (commands / name).chmod(0o755)
+
+    def run(script, *arguments, **settings):
+        environment = {
+            "PATH": f"{commands}:/usr/bin:/bin",
+            "SLURM_JOB_ID": "4711",
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SCRIPTS": str(SCRIPTS),
+            "MIN_FREE_GB": "0",
+            **settings,
+        }
+        command = ["bash", "-c", script, "-"] if "\n" in script else ["bash", str(SCRIPTS / script)]
+        return subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        )
+
+    run.folder = tmp_path
+    return run
+
+
+@pytest.mark.parametrize("path", [*FILES, *(Path(__file__).parent / "slurm").glob("*.sh")], ids=lambda p: p.name)
+def test_syntax(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", "-x", path], check=True, cwd=SCRIPTS.parent)
+
+
+ARGUMENTS = {
+    "train.sbatch": ["--config", "c.yaml", "exp_manager.exp_dir=run", "model.exact.enabled=true"],
+    "pretrain_gpt.sbatch": ["--save", "run", "model.exact.enabled=true", "--num-layers", "2"],
+    "bridge.sbatch": ["recipe.py", "checkpoint.save=run", "model.exact.enabled=true"],
+    "nemo.sbatch": ["train.py", "--config-name=c", "exp_manager.explicit_log_dir=run", "model.exact.enabled=true"],
+    "benchmark.sbatch": ["run", "--config", "c.yaml", "model.exact.alpha=0.2"],
+    "task.sbatch": ["run", "evaluate", "hf", "--suite", "distance-probe"],
+}
+RANKS = {
+    "train.sbatch": "-m exact_megatron train --config c.yaml exp_manager.exp_dir=run model.exact.enabled=true trainer.num_nodes=2 "
+    "trainer.devices=8",
+    "pretrain_gpt.sbatch": "-m exact_megatron.launch {megatron}/pretrain_gpt.py --save run model.exact.enabled=true --num-layers 2 "
+    "--load run --exit-signal-handler",
+    "bridge.sbatch": "-m exact_megatron.integrations.bridge_launch recipe.py checkpoint.save=run model.exact.enabled=true "
+    "checkpoint.load=run train.exit_signal_handler=true",
+    "nemo.sbatch": "train.py --config-name=c exp_manager.explicit_log_dir=run model.exact.enabled=true "
+    "++exp_manager.resume_if_exists=true",
+    "benchmark.sbatch": "trainer.max_steps=60 trainer.limit_val_batches=0 model.exact.enabled=true",
+    "task.sbatch": "-m exact_megatron evaluate hf --suite distance-probe",
+}
+
+
+@pytest.mark.parametrize("script", JOBS)
+def test_every_script_reaches_its_ranks(slurm, script):
+    """With nothing in the environment but what Slurm sets: no unset variable, and the arguments arrive whole."""
+    megatron = slurm.folder / "megatron"
+    megatron.mkdir()
+    (megatron / "pretrain_gpt.py").touch()
+    done = slurm(script, *ARGUMENTS[script], SLURM_GPUS_ON_NODE="8", MEGATRON_LM=str(megatron))
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr
+    called = " ".join((slurm.folder / "srun.calls").read_text().split("\n"))
+    assert RANKS[script].format(megatron=megatron) in called
+    environment = dict(
+        line.split("=", 1) for line in (slurm.folder / "srun.environment").read_text().splitlines() if "=" in line
+    )
+    if script != "task.sbatch":
+        assert environment["MASTER_ADDR"] == "node1" and environment["MASTER_PORT"] == "14711"
+        assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1" and environment["RANKS_PER_NODE"] == "8"
+    if script in ("train.sbatch", "pretrain_gpt.sbatch", "bridge.sbatch", "nemo.sbatch", "task.sbatch"):
+        assert (slurm.folder / "run" / "slurm" / "finished").is_file()
+    header = [line for line in (SCRIPTS / script).read_text().splitlines() if line.startswith("#SBATCH")]
+    signalled = script in ("train.sbatch", "pretrain_gpt.sbatch", "bridge.sbatch", "nemo.sbatch")
+    assert ("#SBATCH --signal=B:USR1@600" in header) == signalled
+    assert "#SBATCH --exclusive" in header and "#SBATCH --gpus-per-node=8" in header
+
+
+def test_container(slurm):
+    done = slurm(
+        "train.sbatch", "exp_manager.exp_dir=run", CONTAINER_IMAGE="nvcr.io#nvidia/nemo:25.07", CONTAINER_MOUNTS="/data"
+    )
+    assert done.returncode == 0, done.stderr
+    calls = (slurm.folder / "srun.calls").read_text().splitlines()
+    assert "--container-image=nvcr.io#nvidia/nemo:25.07" in calls
+    assert f"--container-mounts={slurm.folder},{slurm.folder}/run,{SCRIPTS},/data" in calls
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train.sbatch", ["model.exact.enabled=true"], "give exp_manager.exp_dir=FOLDER"),
+        ("train.sbatch", ["exp_manager.exp_dir=/proc/run"], "cannot make the folder /proc/run/slurm"),
+        (
+            "pretrain_gpt.sbatch",
+            ["--save", "run", "--load", "base"],
+            "--load: a requeued job would start anew from there",
+        ),
+        ("bridge.sbatch", ["checkpoint.save=run", "checkpoint.load=base"], "checkpoint.load: a requeued job"),
+        ("nemo.sbatch", [], "give exp_manager.explicit_log_dir=FOLDER"),
+    ],
+)
+def test_refused_before_anything_starts(slurm, script, arguments, message):
+    done = slurm(script, *arguments)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert not (slurm.folder / "srun.calls").exists() and "requeue" not in done.stdout
+
+
+def test_too_little_space(slurm):
+    done = slurm("train.sbatch", "exp_manager.exp_dir=run", MIN_FREE_GB="99999999")
+    assert done.returncode == 2 and "GB free, MIN_FREE_GB=99999999. Nothing was started" in done.stderr
+
+
+FAILED = """\
+[default0]:step 1
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-01-02_03:04:05
+  host      : node1
+  rank      : 1 (local_rank: 1)
+  exitcode  : {code} (pid: 123)
+  error_file: <N/A>
+"""
+
+
+def failed(slurm, code, said, try_=0):
+    """Ranks that end like this, once."""
+    attempt = slurm.folder / "run" / "slurm" / f"4711.{try_}"
+    logs = attempt / "node-0" / "x" / "attempt_0" / "1"
+    logs.mkdir(parents=True)
+    (logs / "stderr.log").write_text(said + "\n")
+    (slurm.folder / "says").write_text(FAILED.format(code=code))
+    (slurm.folder / "code").write_text("1")
+    return slurm("train.sbatch", "exp_manager.exp_dir=run", SLURM_RESTART_COUNT=str(try_))
+
+
+def requeues(slurm):
+    return (slurm.folder / "scontrol.calls").read_text().count("requeue 4711")
+
+
+def test_crashes_are_counted_since_the_newest_checkpoint(slurm):
+    done = failed(slurm, -9, "")
+    assert (
+        done.returncode == 0 and "rank 1 of node-0 failed first, at 2026-01-02_03:04:05, with signal 9" in done.stdout
+    )
+    assert "crash 1 of 3 at the start; requeued" in done.stdout and requeues(slurm) == 1
+    assert "crash 2 of 3" in failed(slurm, 1, "ValueError: x", 1).stdout
+    (slurm.folder / "run" / "checkpoints" / "step_00000005").mkdir(parents=True)
+    (slurm.folder / "run" / "checkpoints" / "step_00000006.partial").mkdir()
+    assert "crash 1 of 3 at step_00000005" in failed(slurm, 1, "ValueError: x", 2).stdout
+    assert "crash 2 of 3 at step_00000005" in failed(slurm, 1, "ValueError: x", 3).stdout
+    done = failed(slurm, 1, "Traceback\nRuntimeError: on fire", 4)
+    assert done.returncode == 1 and requeues(slurm) == 4
+    assert "RuntimeError: on fire" in done.stdout
+    assert "not tried again: 3 crashes without a newer checkpoint than step_00000005 (MAX_CRASHES=3)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("said", "again"),
+    [
+        ("exact-megatron train: model.exact.tau=9: above the window", False),
+        ("exact-megatron train: [Errno 28] No space left on device: 'x'", False),
+        ("exact-megatron train: [Errno 13] Permission denied: 'x'", False),
+        ("exact-megatron train: [Errno 32] Broken pipe", True),
+        ("exact-megatron train: [Errno 5] Input/output error: 'x'", True),
+    ],
+)
+def test_refusals_are_not_tried_again(slurm, said, again):
+    done = failed(slurm, 2, said)
+    assert said in done.stdout and requeues(slurm) == again
+    assert done.returncode == (0 if again else 2)
+    assert ("not tried again: the ranks refused to go on" in done.stdout) != again
+
+
+def test_srun_that_fails_without_ranks_is_a_crash(slurm):
+    (slurm.folder / "code").write_text("1")
+    done = slurm("train.sbatch", "exp_manager.exp_dir=run")
+    assert "srun ended with 1 and no torchrun says why" in done.stdout and requeues(slurm) == 1
+
+
+SHELL = 'source "$SCRIPTS/common.sh"\n'
+
+
+def test_where_the_ranks_meet(slurm):
+    assert slurm(SHELL + "first_address").stdout == "node1\n"
+    assert slurm(SHELL + "first_address", GETENT="2").stdout == "10.1.2.3\n", "node names do not resolve"
+    assert slurm(SHELL + "free_port", SLURM_JOB_ID="20001").stdout == "10001\n"
+    for port in range(12000, 29000):  # one that is free here, then taken
+        with socket.socket() as taken:
+            try:
+                taken.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            taken.listen()
+            assert int(slurm(SHELL + "free_port", SLURM_JOB_ID=str(port - 10000)).stdout) > port
+            return
+
+
+FAKE_TORCHRUN = """#!/usr/bin/env bash
+case $1 in
+-c) echo "$PWD/run.py"; exit ;;  # where torch's source is
+esac
+printf '%s\\n' "$@" >torchrun.calls
+bash -c 'trap "echo saved >rank.saved; exit 0" TERM; touch rank.up; while :; do sleep 0.1; done' &
+trap 'touch torchrun.terminated; exit 1' TERM
+wait $!
+wait $!
+exit $?
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_node_passes_a_stop_to_the_ranks_and_not_to_torchrun(slurm, number):
+    folder = slurm.folder
+    (folder / "run.py").touch()
+    python = folder / "python"
+    python.write_text(FAKE_TORCHRUN)
+    python.chmod(0o755)
+    attempt = folder / "attempt"
+    attempt.mkdir()
+    environment = {
+        "PATH": os.environ["PATH"], "PYTHON": str(python), "RANKS_PER_NODE": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1",
+        "MASTER_ADDR": "node1", "MASTER_PORT": "14711",
+    }  # fmt: skip
+    node = subprocess.Popen(["bash", SCRIPTS / "node.sh", attempt, "-m", "x", "a b"], cwd=folder, env=environment)
+    end = time.monotonic() + 30
+    while not (folder / "rank.up").exists():
+        assert node.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    node.send_signal(number)
+    node.send_signal(number)
+    assert node.wait(30) == 0
+    assert (folder / "rank.saved").exists() and not (folder / "torchrun.terminated").exists()
+    assert (attempt / "stopped").exists() == (number == signal.SIGUSR1)
+    called = (folder / "torchrun.calls").read_text().splitlines()
+    assert called[-3:] == ["-m", "x", "a b"]
+    assert "--node-rank 1 --nproc-per-node 8 --max-restarts 0 --master-addr node1 --master-port 14711" in " ".join(
+        called
+    )
+    assert called[called.index("--tee") + 1] == "7:3", "the last rank's output, on the last node"
+
+
+STAGES = [
+    *("--folder", "runs/x", "--base", "base", "--sbatch", "--nodes=2 --account=a"),
+    *("--stage", "4k --config 4k.yaml", "--stage", "16k --config 16k.yaml model.exact.tau=512"),
+    *("--", "--config", "common.yaml", "trainer.max_steps=7"),
+]
+CHAIN = ["4k", "16k", "convert", "evaluate"]
+
+
+def stages(slurm, *more, arguments=STAGES, **settings):
+    (slurm.folder / "base").mkdir(exist_ok=True)
+    return slurm("stages.sh", *more, *arguments, **settings)
+
+
+def test_dry_run_prints_the_plan_and_does_nothing(slurm):
+    done = stages(slurm, "--dry-run")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    names = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("submit ")]
+    assert names == [f"{arm}.{step}" for arm in ("baseline", "exact") for step in CHAIN] + ["compare"]
+    assert sorted(p.name for p in slurm.folder.iterdir()) == ["base", "bin"]
+    without_slurm = subprocess.run(
+        ["bash", SCRIPTS / "stages.sh", "--dry-run", *STAGES],
+        cwd=slurm.folder,
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+    )
+    assert without_slurm.returncode == 0, without_slurm.stderr
+
+
+def test_stages_are_submitted_once(slurm):
+    done = stages(slurm)
+    assert done.returncode == 0 and "9 jobs submitted" in done.stdout, done.stderr
+    run = slurm.folder / "runs" / "x"
+    calls = (slurm.folder / "sbatch.calls").read_text().splitlines()
+    first, second = calls[0], calls[5]
+    assert (
+        "--dependency" not in first
+        and f"restore_from_path={slurm.folder}/base" in first
+        and "--nodes=2 --account=a" in first
+    )
+    assert first.split("train.sbatch ")[1].startswith("--config common.yaml --config 4k.yaml trainer.max_steps=7 ")
+    assert "--dependency=afterok:105 --kill-on-invalid-dep=yes" in second and "model.exact.enabled=true" in second
+    assert f"exp_manager.exp_dir={run}/exact/16k restore_from_path={run}/exact/4k" in second
+    assert "--dependency=afterok:104:108" in calls[8]
+
+    assert "0 jobs submitted" in stages(slurm).stdout
+    # The first stage of EXACT finishes; the second fails, and Slurm cancels what depends on it. The baseline is through.
+    (slurm.folder / "queue").write_text("")
+    for job in [*(f"baseline/{step}" for step in CHAIN), "exact/4k"]:
+        (run / job / "slurm" / "finished").touch()
+    done = stages(slurm)
+    assert [line.split(":")[0].split()[1] for line in done.stdout.splitlines() if line.startswith("submitted")] == [
+        "exact.16k", "exact.convert", "exact.evaluate", "compare"]  # fmt: skip
+    calls = (slurm.folder / "sbatch.calls").read_text().splitlines()[9:]
+    assert "--dependency" not in calls[0] and "afterok:110" in calls[1] and "--dependency=afterok:112 " in calls[3]
+
+
+def test_changed_arguments_of_a_submitted_stage_are_refused(slurm):
+    stages(slurm)
+    done = stages(slurm, arguments=[*STAGES, "model.optim.lr=1"])
+    assert done.returncode == 2 and "baseline.4k was submitted with other arguments" in done.stderr
+    assert len((slurm.folder / "sbatch.calls").read_text().splitlines()) == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stage", "4k"], "--folder is missing"),
+        (["--folder", "x"], "no --stage"),
+        (["--folder", "x", "--stage", "4k", "model.exact.tau=3"], "unknown argument model.exact.tau=3"),
+        (["--folder", "x", "--stage", "4k", "--base", "nowhere"], "nowhere: there is no such checkpoint"),
+        (["--folder", "x", "--stage", "4k", "--last", "test"], "--last test: train, convert or evaluate"),
+    ],
+)
+def test_stages_refuse_what_they_do_not_understand(slurm, arguments, message):
+    done = stages(slurm, arguments=arguments)
+    assert done.returncode == 2 and message in done.stderr
+    assert not (slurm.folder / "sbatch.calls").exists()
