@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from ..config import ExactConfig, unknown_key
+from ..config import ExactConfig, QKTimingConfig, unknown_key
 
 # Optional[...] instead of `| None`: omegaconf reads these annotations on Python 3.10 too.
 # ruff: noqa: UP045
@@ -134,6 +134,7 @@ class ModelConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     exact: ExactConfig = field(default_factory=ExactConfig)
+    qk_timing: QKTimingConfig = field(default_factory=QKTimingConfig)
 
 
 @dataclass
