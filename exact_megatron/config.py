@@ -135,7 +135,6 @@ class ExactConfig(_Block):
         return dataclasses.replace(self, tau=tau)
 
 
-
 @dataclass(frozen=True)
 class QKTimingConfig(_Block):
     """Settings of the upper-layer query/key timing (arXiv 2605.10504), `model.qk_timing.*` in every host.

@@ -176,7 +176,9 @@ def _query_key_rows(decoders: list[Any], config: QKTimingConfig) -> Iterator[tup
     if getattr(c, "attention_output_gate", False):
         _refuse("attention_output_gate puts gates between the queries and keys of linear_qkv, which is not supported")
     if groups % tp:
-        _refuse(f"num_query_groups={groups} over tensor_model_parallel_size={tp} cuts query groups, use whole groups per rank")
+        _refuse(
+            f"num_query_groups={groups} over tensor_model_parallel_size={tp} cuts query groups, use whole groups per rank"
+        )
     heads = c.num_attention_heads // groups
     for layer in chain.from_iterable(decoder.layers for decoder in decoders):
         if not config.touches(layer.layer_number, c.num_layers):
@@ -195,7 +197,9 @@ def _query_key_rows(decoders: list[Any], config: QKTimingConfig) -> Iterator[tup
                 _refuse(f"{where} is sharded by FSDP, which is not supported")
             head = c.kv_channels * (parameter.shape[1] if parameter.dim() > 1 else 1)
             if parameter.numel() != (heads + 2) * head * groups // tp:
-                _refuse(f"{where} has the shape {tuple(parameter.shape)}, not that of {groups // tp} whole query groups")
+                _refuse(
+                    f"{where} has the shape {tuple(parameter.shape)}, not that of {groups // tp} whole query groups"
+                )
             yield parameter, ((heads + 2) * head, (heads + 1) * head)
 
 
@@ -220,7 +224,9 @@ def _parts(optimizer: Any, rows: dict[Tensor, tuple[int, int]]) -> Iterator[tupl
             if parameter not in rows:
                 continue
             if main is None or getattr(inner, "master_weights", False):
-                _refuse("the precision-aware optimizer keeps the masters in its own state, unset use_precision_aware_optimizer")
+                _refuse(
+                    "the precision-aware optimizer keeps the masters in its own state, unset use_precision_aware_optimizer"
+                )
             if not main.is_contiguous():
                 _refuse(f"a master parameter of {kind} is not contiguous")
             spans = kept_spans(start, start + main.numel(), *rows[parameter])
