@@ -1,4 +1,4 @@
-"""The one configuration schema of EXACT, shared by every host. Standard library only."""
+"""The configuration schemas `model.exact` and `model.qk_timing`, shared by every host. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,17 +8,58 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 PREFIX = "model.exact."
+TIMING_PREFIX = "model.qk_timing."
 
 
 class ExactError(RuntimeError):
     """A run that cannot go on, in words for the user; other RuntimeErrors (torch's, NCCL's) keep their traceback."""
 
 
+Block = TypeVar("Block", bound="_Block")
+
+
+class _Block:
+    """What the two blocks of settings have in common; they are frozen dataclasses."""
+
+    prefix: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_mapping(cls: type[Block], mapping: Mapping[str, Any] | None) -> Block:
+        """Build from a block of YAML, JSON or a checkpoint.
+
+        Raises:
+            ValueError: an unknown key, named with the nearest known one, or a value of the wrong kind.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for key in mapping or {}:
+            if key not in known:
+                raise ValueError(unknown_key(f"{cls.prefix}{key}", [cls.prefix + k for k in known]))
+        return cls(**dict(mapping or {}))
+
+    @classmethod
+    def from_overrides(cls: type[Block], overrides: Iterable[str], base: Mapping[str, Any] | None = None) -> Block:
+        """Build from `model.exact.key=value` strings (a leading + or ++, as Hydra has it, is accepted) over `base`.
+
+        Raises:
+            ValueError: an override that is not of this form, an unknown key or a value of the wrong kind.
+        """
+        values = dict(base or {})
+        for override in overrides:
+            key, equals, text = override.lstrip("+").partition("=")
+            if not equals or not key.startswith(cls.prefix):
+                raise ValueError(f"expected {cls.prefix}key=value, got {override!r}")
+            values[key.removeprefix(cls.prefix)] = parse_scalar(text)
+        return cls.from_mapping(values)
+
+
 @dataclass(frozen=True)
-class ExactConfig:
+class ExactConfig(_Block):
     """Settings of the EXACT weighting (arXiv 2605.10544), `model.exact.*` in every host.
 
     Attributes:
@@ -37,6 +78,8 @@ class ExactConfig:
             not measure what a target can see.
         allow_changed_weights: resume from a checkpoint that was trained with other weights.
     """
+
+    prefix = PREFIX
 
     enabled: bool = False
     alpha: float = 0.15
@@ -91,44 +134,61 @@ class ExactConfig:
             )
         return dataclasses.replace(self, tau=tau)
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
-    @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any] | None) -> ExactConfig:
-        """Build from a `model.exact` block (YAML, JSON, checkpoint).
+@dataclass(frozen=True)
+class QKTimingConfig(_Block):
+    """Settings of the upper-layer query/key timing (arXiv 2605.10504), `model.qk_timing.*` in every host.
 
-        Raises:
-            ValueError: an unknown key, named with the nearest known one, or a value of the wrong kind.
-        """
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in mapping or {}:
-            if key not in known:
-                raise ValueError(unknown_key(f"{PREFIX}{key}", [PREFIX + k for k in known]))
-        return cls(**dict(mapping or {}))
+    Attributes:
+        enabled: slow the query and key projections early in training. Off hooks nothing.
+        scale: factor on their learning rate while held. Paper: 0.25. 1 is off, 0 freezes them.
+        hold: share of the training steps with `scale`. Paper: about 0.04.
+        anneal: share of the training steps after that over which the factor rises linearly to 1. Paper: about 0.01.
+        layers: "upper_half" (2 * layer_number > num_layers, counted from 1; of an odd number the middle one too) or "all".
+    """
 
-    @classmethod
-    def from_overrides(cls, overrides: Iterable[str], base: Mapping[str, Any] | None = None) -> ExactConfig:
-        """Build from `model.exact.key=value` strings (a leading + or ++, as Hydra has it, is accepted) over `base`.
+    prefix = TIMING_PREFIX
 
-        Raises:
-            ValueError: an override that is not of this form, an unknown key or a value of the wrong kind.
-        """
-        values = dict(base or {})
-        for override in overrides:
-            key, equals, text = override.lstrip("+").partition("=")
-            if not equals or not key.startswith(PREFIX):
-                raise ValueError(f"expected {PREFIX}key=value, got {override!r}")
-            values[key.removeprefix(PREFIX)] = parse_scalar(text)
-        return cls.from_mapping(values)
+    enabled: bool = False
+    scale: float = 0.25
+    hold: float = 0.04
+    anneal: float = 0.01
+    layers: str = "upper_half"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.enabled, bool):
+            raise ValueError(f"{TIMING_PREFIX}enabled must be true or false, not {self.enabled!r}")
+        for name in ("scale", "hold", "anneal"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ValueError(f"{TIMING_PREFIX}{name} must be a number from 0 to 1, not {value!r}")
+        if self.hold + self.anneal > 1:
+            raise ValueError(
+                f"{TIMING_PREFIX}hold={self.hold} and anneal={self.anneal} are shares of the training steps, and together above 1"
+            )
+        if self.layers not in ("upper_half", "all"):
+            raise ValueError(f"{TIMING_PREFIX}layers must be 'upper_half' or 'all', not {self.layers!r}")
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Factor on the learning rate for the step after `step` done ones of `total_steps`; exactly 1.0 outside the phase."""
+        done = step / total_steps
+        if not self.enabled or done >= self.hold + self.anneal:
+            return 1.0
+        if done <= self.hold:
+            return float(self.scale)
+        return self.scale + (1 - self.scale) * (done - self.hold) / self.anneal
+
+    def touches(self, layer_number: int, num_layers: int) -> bool:
+        """Whether the layer, counted from 1 over all pipeline stages, is slowed."""
+        return self.layers == "all" or 2 * layer_number > num_layers
 
 
-def split_overrides(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Part a command line into (`model.exact.*` overrides, everything else), both in order."""
+def split_overrides(arguments: Iterable[str], prefix: str = PREFIX) -> tuple[list[str], list[str]]:
+    """Part a command line into (`model.exact.*` overrides, or another prefix's, and everything else), both in order."""
     ours: list[str] = []
     rest: list[str] = []
     for argument in arguments:
-        (ours if argument.lstrip("+").startswith(PREFIX) else rest).append(argument)
+        (ours if argument.lstrip("+").startswith(prefix) else rest).append(argument)
     return ours, rest
 
 

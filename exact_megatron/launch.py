@@ -9,6 +9,7 @@ main module once more; that is then this one, guarded below, and not the trainin
 Settings may stand anywhere on the line: `model.exact.alpha=0.2`, `--exact-alpha 0.2`, `--exact-config FILE`; the environment
 has EXACT_ALPHA and EXACT_CONFIG. Files yield to the environment, the environment to the line. Without
 model.exact.enabled=true the script runs as it is, and refuses to go on from a checkpoint that was trained with weights.
+`model.qk_timing.enabled=true` (also in FILE) slows the queries and keys of upper layers at first, with or without EXACT.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from .config import ExactConfig, ExactError
-from .integrations.settings import take_settings
+from .config import ExactConfig, ExactError, QKTimingConfig
+from .integrations.settings import take_settings, take_timing
 from .training.launch import be_single_rank, is_rank
 
 
@@ -30,10 +31,11 @@ def parse(arguments: list[str], environment: Mapping[str, str]) -> tuple[ExactCo
         The settings, the script, its own arguments.
 
     Raises:
-        ValueError: settings (see take_settings), or no script.
+        ValueError: settings (see take_settings and take_timing), or no script.
         FileNotFoundError: there is no such script.
     """
-    config, rest = take_settings(arguments, environment)
+    _, rest = take_timing(arguments, environment)
+    config, rest = take_settings(rest, environment)
     if not rest or rest[0].startswith("-"):
         raise ValueError(
             f"expected the training script, got {rest[0] if rest else 'nothing'}: launch [model.exact.key=value ...] SCRIPT [its arguments]"
@@ -56,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
+        timing, _ = take_timing(arguments, os.environ)
         config, script, rest = parse(arguments, os.environ)
         alone = not is_rank()
     except (ValueError, FileNotFoundError, ExactError) as error:
@@ -63,11 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if alone:
         be_single_rank()
-    run_script(config, script, rest)
+    run_script(config, script, rest, timing)
     return 0
 
 
-def run_script(config: ExactConfig, script: Path, arguments: list[str]) -> None:
+def run_script(config: ExactConfig, script: Path, arguments: list[str], timing: QKTimingConfig) -> None:
     """Execute the script as __main__ with its folder first on the path, as Python does, hooked if the settings enable it."""
     sys.path.insert(
         0, str(script.resolve().parent)
@@ -78,14 +81,13 @@ def run_script(config: ExactConfig, script: Path, arguments: list[str]) -> None:
 
     from .integrations.megatron_lm import MegatronLM
 
-    host = MegatronLM(config)
+    host = MegatronLM(config, timing)
     hooked = host.hook(megatron.training.pretrain)
     megatron.training.pretrain = megatron.training.training.pretrain = hooked
     exec(compile(script.read_bytes(), str(script), "exec"), {"__name__": "__main__", "__file__": str(script)})
-    if config.enabled and not host.hooked:
-        raise ExactError(
-            f"{script} ended and never called megatron.training.pretrain: model.exact.enabled=true, but nothing was hooked"
-        )
+    if (config.enabled or timing.enabled) and not host.hooked:
+        asked = "model.exact.enabled=true" if config.enabled else "model.qk_timing.enabled=true"
+        raise ExactError(f"{script} ended and never called megatron.training.pretrain: {asked}, but nothing was hooked")
 
 
 if __name__ == "__main__":

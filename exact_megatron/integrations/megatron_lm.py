@@ -8,9 +8,11 @@ What is replaced while `pretrain` runs, and given back when it returns (paths in
     megatron/core/models/gpt/gpt_model.py: GPTModel  the same, with DocumentAttention, if EXACT masks the documents
     megatron/training/checkpointing.py: check_checkpoint_args   also compares the weights
     megatron/training/training.py: training_log      the same, with interval means of buckets that some steps lack
+    megatron/training/training.py: train_step        the same, with query/key timing, if model.qk_timing.enabled
 
-A run that does not enable EXACT has check_checkpoint_args alone replaced, so that a checkpoint trained with weights does not go on
-without them in silence. What EXACT would weight wrongly is refused on every rank before the first step, see megatron_lm_plan.py.
+A run that does not enable EXACT has check_checkpoint_args (and train_step) alone replaced, so that a checkpoint trained with
+weights does not go on without them in silence. What EXACT would weight wrongly is refused on every rank before the first step, see
+megatron_lm_plan.py.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ from contextlib import ExitStack
 from typing import Any
 
 from ..allocation import WeightTable
-from ..config import ExactConfig, ExactError
+from ..config import ExactConfig, ExactError, QKTimingConfig
 from ..dataset import ExactDatasetBuilder, members
 from ..loss import ExactLoss
+from ..qk_timing import timed_train_step
 from .documents import check_masked, feed_documents, masking_documents
 from .hooks import file_of, replaced, script_global
 from .megatron_lm_plan import OWN, core_version, plan_masking, refusals
-from .settings import take_settings
+from .settings import take_settings, take_timing
 
 logger = logging.getLogger(__name__)
 BUCKET = "lm loss "  # what ExactLoss names the losses of buckets by
@@ -42,8 +45,9 @@ def from_command_line(pretrain: Callable[..., Any]) -> Callable[..., Any]:
 
     Call it before Megatron-LM parses its arguments.
     """
-    config, sys.argv[1:] = take_settings(sys.argv[1:], os.environ)
-    return MegatronLM(config).hook(pretrain)
+    timing, rest = take_timing(sys.argv[1:], os.environ)
+    config, sys.argv[1:] = take_settings(rest, os.environ)
+    return MegatronLM(config, timing).hook(pretrain)
 
 
 class MegatronLM:
@@ -55,8 +59,9 @@ class MegatronLM:
         masked: whether a GPTModel with DocumentAttention was built.
     """
 
-    def __init__(self, config: ExactConfig) -> None:
+    def __init__(self, config: ExactConfig, timing: QKTimingConfig | None = None) -> None:
         self.config = config
+        self.timing = timing or QKTimingConfig()
         self.loss = ExactLoss(config)
         self.hooked = False
         self.weighted = False
@@ -91,6 +96,11 @@ class MegatronLM:
                 stack.enter_context(replaced(checkpointing, "check_checkpoint_args",
                                              self._comparing(checkpointing.check_checkpoint_args)))  # fmt: skip
                 self.hooked = True
+                if self.timing.enabled:
+                    from megatron.training import training
+
+                    timed = timed_train_step(training.train_step, self.timing, _progress, _say)
+                    stack.enter_context(replaced(training, "train_step", timed))
                 if not self.config.enabled:
                     return pretrain(*args, **kwargs)
                 step = self._replace(stack, call.arguments["train_valid_test_dataset_provider"],
@@ -326,6 +336,16 @@ def table_lines(table: WeightTable) -> list[str]:
             f"            {row['low']:>7}-{row['high']:<7} {row['share']:>7.2%} of the targets, weight {row['weight']:.6f}"
         )
     return lines
+
+
+def _progress(_: dict[str, Any]) -> tuple[int, int]:
+    args = _arguments()
+    return args.curr_iteration, args.train_iters
+
+
+def _say(line: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line, flush=True)
 
 
 def _arguments() -> Any:

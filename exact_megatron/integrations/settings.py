@@ -12,7 +12,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import PREFIX, ExactConfig, parse_scalar, split_overrides, unknown_key
+from ..config import (
+    PREFIX,
+    TIMING_PREFIX,
+    ExactConfig,
+    QKTimingConfig,
+    parse_scalar,
+    split_overrides,
+    unknown_key,
+)
 
 FLAG = "--exact-"
 ENVIRONMENT = "EXACT_"
@@ -103,6 +111,15 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         ValueError: the file is no mapping, or holds other things but no such block.
         FileNotFoundError: there is no such file.
     """
+    data = _load(path)
+    if isinstance(data.get("model"), dict):
+        if not {"exact", "qk_timing"} & set(data["model"]):
+            raise ValueError(f"{path} has no model.exact")
+        data = {"exact": data["model"].get("exact")}
+    return read_block(data["exact"] if "exact" in data else data)
+
+
+def _load(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--exact-config {path}: there is no such file")
@@ -120,11 +137,36 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} holds no settings: expected a mapping with model.exact, exact, or the settings themselves"
         )
-    if isinstance(data.get("model"), dict):
-        if "exact" not in data["model"]:
-            raise ValueError(f"{path} has no model.exact")
-        data = data["model"]
-    return read_block(data["exact"] if "exact" in data else data)
+    return data
+
+
+def take_timing(
+    arguments: Iterable[str], environment: Mapping[str, str], base: Mapping[str, Any] | None = None
+) -> tuple[QKTimingConfig, list[str]]:
+    """Part a host's command line into the settings of query/key timing and the rest, --exact-config FILE among it.
+
+    Later wins: defaults, then `base`, then model.qk_timing (or qk_timing) of the file, then `model.qk_timing.scale=0.5` on the line.
+
+    Args:
+        arguments, environment: as for take_settings, which comes after this.
+        base: settings that the host's own configuration holds, {"enabled": True}.
+
+    Raises:
+        ValueError: an unknown key, with the nearest known one; a value of the wrong kind; a file that holds no settings.
+        FileNotFoundError: the file is not there.
+    """
+    given, rest = split_overrides(arguments, TIMING_PREFIX)
+    file = environment.get("EXACT_CONFIG")
+    for argument, following in zip(rest, [*rest[1:], ""]):
+        name, equals, value = argument.partition("=")
+        if name == f"{FLAG}config":
+            file = value if equals else following
+    values = dict(base or {})
+    if file:
+        data = _load(file)
+        data = data["model"] if isinstance(data.get("model"), dict) else data
+        values.update(data.get("qk_timing") or {})
+    return QKTimingConfig.from_overrides(given, base=values), rest
 
 
 def read_block(block: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from omegaconf import OmegaConf
 
-from ..config import ExactConfig
+from ..config import ExactConfig, QKTimingConfig
 
 # Optional[...] instead of `| None`: omegaconf reads these annotations on Python 3.10 too.
 # ruff: noqa: UP045
@@ -143,6 +143,7 @@ class ModelConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     exact: ExactConfig = field(default_factory=ExactConfig)
+    qk_timing: QKTimingConfig = field(default_factory=QKTimingConfig)
 
 
 @dataclass

@@ -24,6 +24,7 @@ from ..allocation import WeightTable
 from ..config import ExactConfig, ExactError
 from ..dataset import members
 from ..loss import ExactLoss, gpt_loss
+from ..qk_timing import QKTiming
 from . import checkpoint
 from .config import RunConfig
 from .data import STOP_SIGNALS, build_datasets, build_loader, get_batch
@@ -129,6 +130,10 @@ class Trainer:
         self._signalled = False  # this rank got a stop signal
         self._stop = False  # all ranks know that one of them did
         self._restore()
+        self.timing: QKTiming | None = None
+        if run.model.qk_timing.enabled:
+            self.timing = QKTiming(run.model.qk_timing, self.model, self.optimizer, run.trainer.max_steps)
+            self.console.print(self.timing.describe(), highlight=False, soft_wrap=True)
 
     @property
     def table(self) -> WeightTable | None:
@@ -226,6 +231,8 @@ class Trainer:
         started = time.perf_counter()
         report = self._run_schedule(loader, self.loss_func, forward_only=False)
         _refuse_not_finite("loss", report["lm loss"], self.step + 1)
+        if self.timing is not None:
+            self.timing.before_step(self.step)
         _, grad_norm, _ = self.optimizer.step()
         _refuse_not_finite("gradient's norm", grad_norm, self.step + 1)
         self.scheduler.step(1)  # after the step, as in Megatron-LM: the first step of a warm-up has a rate of 0
@@ -244,6 +251,8 @@ class Trainer:
             "tokens_per_s": self.run.tokens_per_step / seconds,
             "buckets": _buckets(report),
         }
+        if self.timing is not None:
+            line["qk_factor"] = self.timing.factor
         return line
 
     @torch.no_grad()
