@@ -25,6 +25,8 @@ extras = {
         "pyyaml",
         "einops",
     ],
+    # published models in and out; gguf and accelerate read the small real model of examples/continued_pretraining
+    "hf": ["safetensors", "huggingface_hub", "transformers>=4.51", "accelerate", "gguf"],
 }
 extras["all"] = sorted({requirement for group in extras.values() for requirement in group})
 # tqdm and pydantic: Megatron-LM's own, for `make test-upstream`.

@@ -42,6 +42,6 @@ exact-megatron convert megatron-to-hf "$run/exact" "$run/hf"
 step "7 transformers reads it"
 python "$here/generate.py" "$run/hf"
 
-# 8 evaluate: the lead joins `exact-megatron evaluate "$run/hf" --suite ...` here.
+# Step 8, evaluate: the lead joins `exact-megatron evaluate "$run/hf" --suite ...` here.
 
 step "done"
