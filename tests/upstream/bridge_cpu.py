@@ -166,14 +166,10 @@ def layer_spec(config: Any) -> Any:
 
 def tiny(**kwargs: Any) -> Any:
     """A recipe: a tiny Llama on a CPU, on mock data until `dataset.blend` is given."""
-    import megatron.core
     import torch
     import torch.nn.functional as F
     from megatron.bridge.models.gpt_provider import GPTModelProvider
     from megatron.bridge.training import config as c
-
-    # NullTokenizer's EOD is vocab_size up to 0.18, vocab_size - 1 from 0.19 on
-    vocabulary = 95 if tuple(map(int, megatron.core.__version__.split(".")[:2])) < (0, 19) else 96
 
     model = GPTModelProvider(
         num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, seq_length=64,
@@ -208,7 +204,7 @@ def tiny(**kwargs: Any) -> Any:
                                             average_in_collective=False),
         dist=c.DistributedInitConfig(distributed_backend="gloo", use_gloo_process_groups=True),
         logger=c.LoggerConfig(log_interval=1, tensorboard_dir=None),
-        tokenizer=c.TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=vocabulary),
+        tokenizer=c.TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=96),
         checkpoint=c.CheckpointConfig(save_interval=3, ckpt_format="torch_dist", async_save=False, fully_parallel_save=False),
         rng=c.RNGConfig(seed=7),
         mixed_precision=None,
