@@ -6,7 +6,7 @@
 #   SETUP             file that every node sources first: module load, activate, ...        [none]
 #   RANKS_PER_NODE    ranks of one node                                                     [its GPUs, else 1]
 #   CONTAINER_IMAGE   image for pyxis/enroot: a .sqsh file or registry#name                 [no container]
-#   CONTAINER_MOUNTS  what pyxis mounts besides the run's and these scripts' folders        [none]
+#   CONTAINER_MOUNTS  FROM:TO,... for data and checkpoints; the current, the run's and these scripts' folders are mounted [none]
 #   MAX_CRASHES       crashes without a newer checkpoint between them after which the job gives up [3]
 #   MIN_FREE_GB       free space that the run's folder must have before the ranks start     [20]
 set -eEuo pipefail
@@ -113,8 +113,10 @@ progress() {
 step_command() {
     # No --cpus-per-task: a step then has all CPUs of the job, which is --exclusive; node.sh binds ranks to their GPU's NUMA node.
     command=(srun --cpu-bind=none)
+    local run
+    run=$(realpath "$1")
     [ -z "$CONTAINER_IMAGE" ] || command+=(--container-image="$CONTAINER_IMAGE" --container-workdir="$PWD"
-        --container-mounts="$PWD,$(realpath "$1"),$SCRIPTS${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
+        --container-mounts="$PWD:$PWD,$run:$run,$SCRIPTS:$SCRIPTS${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
 }
 
 # run_once FOLDER ARGUMENT...: `$PYTHON ARGUMENT...` as one process on the first node.
@@ -126,11 +128,25 @@ run_once() {
     "${command[@]}" --nodes=1 --ntasks=1 bash -c '[ -z "$SETUP" ] || source "$SETUP"; exec "$PYTHON" "$@"' - "$@"
 }
 
+# All steps, not this shell. Again and again, since a step that is just starting does not hear it; node.sh listens once.
+stop_ranks() {
+    asked_to_stop=1 interrupted=1
+    [ -n "$stopper" ] || {
+        while :; do
+            scancel --signal=USR1 "$SLURM_JOB_ID" || true
+            sleep 20
+        done &
+        stopper=$!
+    }
+}
+
 # run_ranks FOLDER ARGUMENT...: one torchrun a node with these arguments, supervised. Does not return unless the run has finished.
 #
 # FOLDER/slurm/JOB.TRY/ has a log for each node and each rank; FOLDER/slurm/finished holds the arguments of a finished run.
 run_ranks() {
-    local folder=$1 state attempt status
+    asked_to_stop='' ended='' stopper=''
+    trap 'asked_to_stop=1' USR1
+    local folder=$1 state attempt status command
     shift
     state=$folder/slurm
     check_folder "$state" "Nothing was started"
@@ -141,19 +157,19 @@ run_ranks() {
     set_environment
     say "job $SLURM_JOB_ID try ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, $RANKS_PER_NODE ranks a node, $MASTER_ADDR:$MASTER_PORT," \
         "from $(progress "$folder"). Logs: $attempt"
-
-    local command
     step_command "$folder"
-    asked_to_stop='' ended=''
-    trap 'asked_to_stop=1; interrupted=1; scancel --signal=USR1 "$SLURM_JOB_ID" || true' USR1 # all steps, not this shell
-    trap 'ended=1; interrupted=1' TERM                                                        # Slurm has told the steps
+    trap stop_ranks USR1
+    trap 'ended=1; interrupted=1' TERM # Slurm has told the steps
+    [ -z "$asked_to_stop" ] || requeue "stopped by a signal at $(progress "$folder")"
     "${command[@]}" --ntasks-per-node=1 --kill-on-bad-exit=1 --output="$attempt/node-%n.log" bash "$SCRIPTS/node.sh" "$attempt" "$@" &
     wait_for $!
     trap '' USR1
+    [ -z "$stopper" ] || kill "$stopper"
+    [ "$status" = 0 ] || sleep 2 || true # if Slurm ends the job, for a lost node perhaps, it says so now
 
     if [ -n "$ended" ]; then
-        say "ended from outside (scancel, preemption, shutdown), at $(progress "$folder"). Slurm requeues it, unless" \
-            "it was cancelled"
+        say "ended from outside (scancel, preemption, time limit, lost node), at $(progress "$folder")"
+        [ -z "$asked_to_stop" ] || requeue_after_time_limit
         exit 143
     fi
     [ ! -e "$attempt/stopped" ] || asked_to_stop=1 # `scancel --signal=USR1 JOB` reaches the ranks and not this shell
@@ -223,10 +239,18 @@ explain() {
     how="exit code $code"
     [ "$code" -ge 0 ] || how="signal ${code#-}"
     [ "$code" != -9 ] || how+=" (often the kernel, out of memory: see dmesg on the node)"
-    printf 'rank %s of %s failed first, at %s, with %s. The end of its log:\n' "$rank" "$(basename "$log" .log)" "$time" "$how"
+    printf 'local rank %s of %s failed first, at %s, with %s. The end of its log:\n' "$rank" "$(basename "$log" .log)" "$time" "$how"
     # A refusal is one line; of anything else the end of the traceback is wanted.
     find "${log%.log}" -path "*/$rank/stderr.log" -exec cat {} + | grep -v '^ *$' >"$attempt/failed.log" || true
     grep '^exact-megatron[a-z -]*: ' "$attempt/failed.log" || tail -n 12 "$attempt/failed.log"
+}
+
+# Where the time between the signal and the limit was too short to save. Slurm requeues what else it ends itself, unless the
+# user cancelled it.
+requeue_after_time_limit() {
+    local job
+    job=$(scontrol show job "$SLURM_JOB_ID" -o || true)
+    case $job in *JobState=TIMEOUT*) requeue "the ranks had not saved when the time limit came: give --signal=B:USR1@SECONDS more" ;; esac
 }
 
 requeue() {

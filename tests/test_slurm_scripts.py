@@ -135,12 +135,16 @@ def test_every_script_reaches_its_ranks(slurm, script):
 
 def test_container(slurm):
     done = slurm(
-        "train.sbatch", "exp_manager.exp_dir=run", CONTAINER_IMAGE="nvcr.io#nvidia/nemo:25.07", CONTAINER_MOUNTS="/data"
+        "train.sbatch",
+        "exp_manager.exp_dir=run",
+        CONTAINER_IMAGE="nvcr.io#nvidia/nemo:25.07",
+        CONTAINER_MOUNTS="/data:/data",
     )
     assert done.returncode == 0, done.stderr
     calls = (slurm.folder / "srun.calls").read_text().splitlines()
     assert "--container-image=nvcr.io#nvidia/nemo:25.07" in calls
-    assert f"--container-mounts={slurm.folder},{slurm.folder}/run,{SCRIPTS},/data" in calls
+    mounts = ",".join(f"{path}:{path}" for path in (slurm.folder, slurm.folder / "run", SCRIPTS, "/data"))
+    assert f"--container-mounts={mounts}" in calls
 
 
 @pytest.mark.parametrize(
