@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     ReadItem,
@@ -24,7 +28,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from ..training.checkpoint import read_state
+from ..training.checkpoint import read_state, stored_entries
 from .mapping import Tensor
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -231,10 +235,10 @@ class MegatronCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.state = read_state(path)
-        found = dist_checkpointing.load_tensors_metadata(str(path))
-        model = {key: entry for key, entry in found.items() if not key.startswith("optimizer.")}
-        self.shapes: dict[str, tuple[int, ...]] = {key: tuple(entry.global_shape) for key, entry in model.items()}
-        self.dtypes: dict[str, torch.dtype] = {key: entry.dtype for key, entry in model.items()}
+        entries = stored_entries(path).items()
+        model = {k: e for k, e in entries if isinstance(e, TensorStorageMetadata) and not k.startswith("optimizer.")}
+        self.shapes: dict[str, tuple[int, ...]] = {key: tuple(entry.size) for key, entry in model.items()}
+        self.dtypes: dict[str, torch.dtype] = {key: entry.properties.dtype for key, entry in model.items()}
         self._reader = dcp.FileSystemReader(path)
 
     def read(self, tensors: list[Tensor], layer: int | None) -> list[torch.Tensor]:

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.dist_checkpointing import ShardedObject
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import FileSystemReader
 
 from ..config import ExactConfig, ExactError
 from .config import RunConfig
@@ -126,6 +127,12 @@ def read_state(path: Path) -> dict[str, Any]:
     return dist_checkpointing.load_common_state_dict(str(path))["state"]
 
 
+def stored_entries(path: Path) -> dict[str, Any]:
+    """What torch's distributed checkpoint holds, by key: tensors have `size` and `properties.dtype`. (megatron.core 0.19's own
+    load_tensors_metadata fails on torch 2.15.)"""
+    return FileSystemReader(path).read_metadata().state_dict_metadata
+
+
 def load_weights(path: Path, model: list[Any]) -> None:
     """Load the weights of a model with these layers, saved from any layout, with or without Transformer Engine, or converted.
 
@@ -135,15 +142,18 @@ def load_weights(path: Path, model: list[Any]) -> None:
     Raises:
         KeyError: the checkpoint lacks a weight.
     """
-    sharded = _model_state(model)
+    stored = stored_entries(path)
+    sharded = {
+        name: {k: v for k, v in state.items() if not isinstance(v, ShardedObject) or v.unique_key in stored}
+        for name, state in _model_state(model).items()
+    }
     names = list(sharded)
-    loaded, _, lacking = dist_checkpointing.load(sharded, str(path), strict=StrictHandling.RETURN_UNEXPECTED)
-    rows = dist_checkpointing.load_tensors_metadata(str(path))[_VOCABULARY[0]].global_shape[0]
+    loaded = dist_checkpointing.load(sharded, str(path))
+    rows = stored[_VOCABULARY[0]].size[0]
     for name, chunk in zip(names, model):
         missing, unknown = chunk.module.load_state_dict(loaded[name], strict=False)
-        weights = [key for key in (*lacking, *missing, *unknown) if "_extra_state" not in key]
-        if weights:
-            raise KeyError(f"{path} lacks {', '.join(weights[:4])}, which the model has")
+        if weights := [key for key in (*missing, *unknown) if "_extra_state" not in key]:
+            raise KeyError(f"{path} and the model do not have the same weights: {', '.join(weights[:4])}")
         for key, parameter in chunk.module.named_parameters():
             if key in _VOCABULARY:
                 first = parallel_state.get_tensor_model_parallel_rank() * parameter.shape[0]

@@ -33,7 +33,8 @@ exact-megatron train --config "$run/base/model.yaml" \
     "model.data.data_prefix=[$run/data/stdlib]" 'model.data.splits_string="100,0,0"' "exp_manager.exp_dir=$run/exact" \
     trainer.accelerator=cpu trainer.devices=2 "trainer.max_steps=$steps" exp_manager.create_tensorboard_logger=false \
     model.tensor_model_parallel_size=2 model.sequence_parallel=true model.micro_batch_size=1 model.global_batch_size=1 \
-    model.data.seq_length=4096 model.data.num_workers=0 model.optim.lr=1e-5 model.optim.sched.name=constant \
+    model.activations_checkpoint_granularity=full model.activations_checkpoint_method=uniform \
+    model.activations_checkpoint_num_layers=1 model.data.seq_length=4096 model.data.num_workers=0 model.optim.lr=1e-5 model.optim.sched.name=constant \
     model.exact.enabled=true
 
 step "6 to Hugging Face"
