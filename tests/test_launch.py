@@ -434,7 +434,7 @@ def test_replaced_and_script_global():
     with pytest.raises(RuntimeError, match="has no b"), replaced(module, "b", 2):
         pass
     wrapped = functools.wraps(take_settings)(lambda *a: None)
-    assert script_global(wrapped, "split_overrides").__name__ == "split_overrides"
+    assert script_global(wrapped, "given_settings").__name__ == "given_settings"
 
 
 def test_boundaries_reach_the_model_and_not_the_script():
