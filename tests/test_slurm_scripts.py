@@ -213,7 +213,7 @@ def test_crashes_are_counted_since_the_newest_checkpoint(slurm):
     done = failed(slurm, 1, "Traceback\nRuntimeError: on fire", 4)
     assert done.returncode == 1 and requeues(slurm) == 4
     assert "RuntimeError: on fire" in done.stdout
-    assert "not tried again: 3 crashes without a newer checkpoint than step_00000005 (MAX_CRASHES=3)" in done.stdout
+    assert "crash 3 at step_00000005. Not tried again: 3 without a newer checkpoint (MAX_CRASHES=3)" in done.stdout
 
 
 @pytest.mark.parametrize(
