@@ -159,7 +159,7 @@ run_ranks() {
         "from $(progress "$folder"). Logs: $attempt"
     step_command "$folder"
     trap stop_ranks USR1
-    trap 'ended=1; interrupted=1' TERM # Slurm has told the steps
+    trap 'ended=1; interrupted=1; requeue_after_time_limit' TERM # Slurm has told the steps
     [ -z "$asked_to_stop" ] || requeue "stopped by a signal at $(progress "$folder")"
     "${command[@]}" --ntasks-per-node=1 --kill-on-bad-exit=1 --output="$attempt/node-%n.log" bash "$SCRIPTS/node.sh" "$attempt" "$@" &
     wait_for $!
@@ -169,7 +169,6 @@ run_ranks() {
 
     if [ -n "$ended" ]; then
         say "ended from outside (scancel, preemption, time limit, lost node), at $(progress "$folder")"
-        [ -z "$asked_to_stop" ] || requeue_after_time_limit
         exit 143
     fi
     [ ! -e "$attempt/stopped" ] || asked_to_stop=1 # `scancel --signal=USR1 JOB` reaches the ranks and not this shell
@@ -184,7 +183,7 @@ run_ranks() {
     if [ -n "$asked_to_stop" ] && ! grep -qv '^[^ ]* -15 ' <<<"${failures:-none -15 }"; then
         requeue "stopped by a signal at $(progress "$folder")"
     fi
-    count_crash "$folder" "$attempt" "$status" "$failures"
+    after_crash "$folder" "$attempt" "$status" "$failures"
 }
 
 # root_causes ATTEMPT: for every torchrun that failed, "TIME EXITCODE LOCAL_RANK NODE_LOG" of its first failed rank, first first.
@@ -200,16 +199,11 @@ root_causes() {
     done | sort -k1,1 -k2,2n
 }
 
-# count_crash FOLDER ATTEMPT STATUS FAILURES: requeue, or end the job when trying again is no use.
-count_crash() {
-    local folder=$1 attempt=$2 status=$3 failures=$4 now crashes=0 last='' reason code
+# after_crash FOLDER ATTEMPT STATUS FAILURES: requeue, or end the job when trying again is no use.
+after_crash() {
+    local folder=$1 attempt=$2 status=$3 failures=$4 reason code
     # A full disk has no room for the reason either.
     check_folder "$folder/slurm" "The ranks ended with an error, at $(progress "$folder")"
-    now=$(newest_checkpoint "$folder")
-    [ ! -s "$folder/slurm/crashes" ] || read -r crashes last <"$folder/slurm/crashes" || true
-    [ "$last" = "$now" ] || crashes=0
-    crashes=$((crashes + 1))
-    printf '%s %s\n' "$crashes" "$now" >"$folder/slurm/crashes"
     reason=$(explain "$attempt" "$status" "$failures")
     say "$reason"
     code=$(awk 'NR == 1 { print $2 }' <<<"$failures")
@@ -219,12 +213,23 @@ count_crash() {
         say "not tried again: the ranks refused to go on, and would again"
         exit "$REFUSED"
     fi
+    try_again "$folder" crash
+}
+
+# try_again FOLDER WHAT: requeue, or give up after MAX_CRASHES without a newer checkpoint between them.
+try_again() {
+    local folder=$1 what=$2 now crashes=0 last=''
+    now=$(progress "$folder")
+    [ ! -s "$folder/slurm/crashes" ] || read -r crashes last <"$folder/slurm/crashes"
+    [ "$last" = "$now" ] || crashes=0
+    crashes=$((crashes + 1))
+    printf '%s %s\n' "$crashes" "$now" >"$folder/slurm/crashes"
     if [ "$crashes" -ge "$MAX_CRASHES" ]; then
-        say "not tried again: $crashes crashes without a newer checkpoint than ${now:-the start} (MAX_CRASHES=$MAX_CRASHES)"
+        say "$what $crashes at $now. Not tried again: $crashes without a newer checkpoint (MAX_CRASHES=$MAX_CRASHES)"
         rm -f "$folder/slurm/crashes" # whoever submits it again has looked at it
         exit 1
     fi
-    requeue "crash $crashes of $MAX_CRASHES at ${now:-the start}"
+    requeue "$what $crashes of $MAX_CRASHES at $now"
 }
 
 # explain ATTEMPT STATUS FAILURES: which rank failed first, how, and the end of what it said.
@@ -245,12 +250,18 @@ explain() {
     grep '^exact-megatron[a-z -]*: ' "$attempt/failed.log" || tail -n 12 "$attempt/failed.log"
 }
 
-# Where the time between the signal and the limit was too short to save. Slurm requeues what else it ends itself, unless the
-# user cancelled it.
+# Where the time between the signal and the limit was too short to save: at once, since Slurm kills this shell in KillWait seconds.
+# What else Slurm ends it requeues itself, unless the user cancelled it.
 requeue_after_time_limit() {
     local job
-    job=$(scontrol show job "$SLURM_JOB_ID" -o || true)
-    case $job in *JobState=TIMEOUT*) requeue "the ranks had not saved when the time limit came: give --signal=B:USR1@SECONDS more" ;; esac
+    [ -n "$asked_to_stop" ] || return 0
+    trap '' TERM
+    job=$(scontrol show job "$SLURM_JOB_ID" -o)
+    case $job in *Reason=TimeLimit*)
+        say "the time limit came before the ranks had saved: give --signal=B:USR1@SECONDS more of them"
+        try_again "$folder" timeout
+        ;;
+    esac
 }
 
 requeue() {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -133,6 +135,24 @@ def test_every_script_reaches_its_ranks(slurm, script):
     assert "#SBATCH --exclusive" in header and "#SBATCH --gpus-per-node=8" in header
 
 
+def test_benchmark_prints_the_ratio_of_the_medians(slurm):
+    """The stand-in for srun runs the script's own Python, on runs that were measured before."""
+    folder = slurm.folder / "measured"
+    for i, (arm, speed) in enumerate((("baseline", 100), ("exact", 99), ("exact", 97), ("baseline", 100))):
+        run = folder / f"{i}-{arm}"
+        run.mkdir(parents=True)
+        lines = [json.dumps({"tokens_per_s": s}) for s in (1, 1, speed - 1, speed, speed + 1)]
+        (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    text = (SCRIPTS / "benchmark.sbatch").read_text().split('run_once "$folder" -c \'')[1].split('\' "$folder"')[0]
+    arguments = [folder, "2", "baseline", "exact", "exact", "baseline"]
+    done = subprocess.run([sys.executable, "-c", text, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "baseline median tokens/s of each turn: 100 100",
+        "exact median tokens/s of each turn: 99 97",
+        "exact / baseline: 0.9800",
+    ]
+
+
 def test_container(slurm):
     done = slurm(
         "train.sbatch",
@@ -213,7 +233,7 @@ def test_crashes_are_counted_since_the_newest_checkpoint(slurm):
     done = failed(slurm, 1, "Traceback\nRuntimeError: on fire", 4)
     assert done.returncode == 1 and requeues(slurm) == 4
     assert "RuntimeError: on fire" in done.stdout
-    assert "not tried again: 3 crashes without a newer checkpoint than step_00000005 (MAX_CRASHES=3)" in done.stdout
+    assert "crash 3 at step_00000005. Not tried again: 3 without a newer checkpoint (MAX_CRASHES=3)" in done.stdout
 
 
 @pytest.mark.parametrize(
