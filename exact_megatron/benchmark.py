@@ -15,7 +15,8 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ STEP_DEFAULTS = """
 STEP_FORCED = """
     trainer.devices=1 trainer.num_nodes=1 model.tensor_model_parallel_size=1 model.context_parallel_size=1
     model.pipeline_model_parallel_size=1 model.virtual_pipeline_model_parallel_size=null
-    model.exact.enabled=true model.optim.sched.name=constant model.optim.sched.warmup_steps=0
+    model.optim.sched.name=constant model.optim.sched.warmup_steps=0
     trainer.limit_val_batches=0 restore_from_path=null
 """.split()
 
@@ -76,11 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.hidden_size=256")
     add.set_defaults(measure=measure_step)
 
-    from . import attention_benchmark
+    from . import attention_benchmark, qk_timing_benchmark
 
     add = commands.add_parser("attention", help="the ways through context parallelism: cost model, emulated ranks")
     attention_benchmark.add_arguments(add)
     add.set_defaults(measure=attention_benchmark.measure)
+    add = commands.add_parser("qk-timing", help="a training step during and after model.qk_timing against one without")
+    qk_timing_benchmark.add_arguments(add)
+    add.set_defaults(measure=qk_timing_benchmark.measure)
     for add in commands.choices.values():
         add.add_argument("--json", metavar="FILE", help="write the results as JSON too")
 
@@ -248,28 +252,57 @@ def measure_getitem(args: argparse.Namespace) -> tuple[str, list[Row]]:
     ]
 
 
-def measure_step(args: argparse.Namespace) -> tuple[str, list[Row]]:
-    """Steps with and without EXACT, of one model on the same batches with the same document masks."""
+@contextmanager
+def one_rank(args: argparse.Namespace, steps: int, forced: Sequence[str]) -> Iterator[tuple[Any, Any]]:
+    """(settings, Trainer) of a benchmark that trains `steps` steps on synthetic documents, or on the data of --config."""
     from .training.config import load_config
     from .training.launch import be_single_rank, is_rank
 
     if is_rank():
-        raise ValueError("`exact-megatron benchmark step` is one rank: start it without torchrun or srun")
+        raise ValueError(f"`exact-megatron benchmark {args.benchmark}` is one rank: start it without torchrun or srun")
     with tempfile.TemporaryDirectory() as folder:
         defaults = [] if args.config else [*STEP_DEFAULTS, f"model.data.data_prefix=[{folder}/corpus]"]
-        forced = [*STEP_FORCED, f"model.data.index_mapping_dir={folder}/cache"]
-        forced += [f"exp_manager.exp_dir={folder}/run", f"trainer.max_steps={args.steps + WARMUP}"]
+        forced = [*STEP_FORCED, *forced, f"model.data.index_mapping_dir={folder}/cache"]
+        forced += [f"exp_manager.exp_dir={folder}/run", f"trainer.max_steps={steps}"]
         settings = load_config(args.config, [*defaults, *args.overrides, *forced])
         if settings.model.data.data_prefix == [f"{folder}/corpus"]:
-            write_corpus(f"{folder}/corpus", (args.steps + WARMUP) * settings.tokens_per_step + 1)
+            write_corpus(f"{folder}/corpus", steps * settings.tokens_per_step + 1)
         be_single_rank()
         import torch
 
-        from .loss import gpt_loss
-        from .training.data import build_loader
         from .training.trainer import Trainer, shutdown
 
-        trainer = Trainer(settings, progress=False)
+        yield settings, Trainer(settings, progress=False)
+        shutdown()
+        torch.distributed.destroy_process_group()
+
+
+def describe_steps(settings: Any, trainer: Any, steps: int) -> str:
+    """What was trained and how it was timed, in words."""
+    import torch
+
+    m = settings.model
+    parameters = sum(p.numel() for chunk in trainer.model for p in chunk.parameters())
+    return (
+        f"{parameters:,} parameters ({m.num_layers} layers of {m.hidden_size}), {settings.tokens_per_step:,} tokens "
+        f"a step in windows of {m.data.seq_length:,}, one rank on {trainer.device.type}, "
+        f"{torch.get_num_threads()} threads; {steps} steps an arm, in pairs on the same batch; ratio: "
+        "median over the pairs, 95 % interval by bootstrap"
+    )
+
+
+def median_of_pairs(pairs: np.ndarray) -> tuple[float, tuple[float, ...]]:
+    """Median and its 95 % interval."""
+    drawn = np.random.default_rng(SEED).integers(0, len(pairs), (4000, len(pairs)))
+    return float(np.median(pairs)), tuple(np.quantile(np.median(pairs[drawn], axis=1), [0.025, 0.975]).tolist())
+
+
+def measure_step(args: argparse.Namespace) -> tuple[str, list[Row]]:
+    """Steps with and without EXACT, of one model on the same batches with the same document masks."""
+    from .loss import gpt_loss
+    from .training.data import build_loader
+
+    with one_rank(args, args.steps + WARMUP, ["model.exact.enabled=true"]) as (settings, trainer):
 
         def arm(dataset: Any, loss_func: Any) -> Callable[[int], Any]:
             loader = iter(build_loader(settings, dataset, trainer.vocabulary, consumed=0))
@@ -286,22 +319,9 @@ def measure_step(args: argparse.Namespace) -> tuple[str, list[Row]]:
         }
         interleaved(arms, WARMUP)
         seconds = interleaved(arms, args.steps)
-        parameters = sum(p.numel() for chunk in trainer.model for p in chunk.parameters())
-        shutdown()
-        torch.distributed.destroy_process_group()
-    pairs = seconds["baseline"] / seconds["exact"]
-    tokens = settings.tokens_per_step
-    own, reference = (tokens / float(np.median(seconds[name])) for name in ("exact", "baseline"))
-    ratio = float(np.median(pairs))
-    m = settings.model
-    setup = (
-        f"{parameters:,} parameters ({m.num_layers} layers of {m.hidden_size}), {tokens:,} tokens "
-        f"a step in windows of {m.data.seq_length:,}, one rank on {trainer.device.type}, "
-        f"{torch.get_num_threads()} threads; {args.steps} steps an arm, in pairs on the same batch; ratio: "
-        "median over the pairs, 95 % interval by bootstrap"
-    )
-    drawn = np.random.default_rng(SEED).integers(0, args.steps, (4000, args.steps))
-    interval = tuple(np.quantile(np.median(pairs[drawn], axis=1), [0.025, 0.975]).tolist())
+        setup = describe_steps(settings, trainer, args.steps)
+    ratio, interval = median_of_pairs(seconds["baseline"] / seconds["exact"])
+    own, reference = (settings.tokens_per_step / float(np.median(seconds[name])) for name in ("exact", "baseline"))
     row = Row("training step", own, reference, "tokens/s", ratio, "ratio >= 0.99", ratio >= 0.99, interval)
     return setup, [row]
 

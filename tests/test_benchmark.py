@@ -71,6 +71,22 @@ def test_step(tmp_path):
     assert all(setting in result["command"] for setting in overrides)
 
 
+def test_qk_timing(tmp_path):
+    model = "num_layers=2 hidden_size=32 ffn_hidden_size=32 micro_batch_size=1 global_batch_size=1 data.seq_length=64"
+    overrides = ["trainer.accelerator=cpu", *(f"model.{setting}" for setting in model.split())]
+    where = tmp_path / "result.json"
+    command = [sys.executable, "-m", "exact_megatron", "benchmark", "qk-timing", "--steps", "3", "--json", where]
+    done = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(where.read_text())
+    during, after, memory = result["rows"]
+    assert during["name"] == "step during the phase" and after["name"] == "step after the phase"
+    assert during["interval"][0] <= during["ratio"] <= during["interval"][1]
+    slowed = (8 + 4) * 4 * 32  # queries and keys of the second layer
+    assert result["setup"].startswith(f"{slowed:,} parameters slowed")
+    assert memory["own"] == slowed * 4 / 2**20 and 0 < memory["ratio"] < 1
+
+
 def test_sizes_must_be_positive(capsys):
     assert main(["benchmark", "census", "--documents", "0"]) == 2
     assert "--documents 0 must be at least 1" in capsys.readouterr().err

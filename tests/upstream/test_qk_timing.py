@@ -65,7 +65,11 @@ def test_timing_changes_the_run_and_scale_1_does_not(logs):
 
 def test_resume_inside_the_phase(logs):
     resumed, expected = logs("resumed").steps(), logs("one_rank").steps()
-    assert resumed == {step: line for step, line in expected.items() if step > 3}
+    assert resumed.keys() == {4, 5, 6, 7, 8}
+    for step, line in resumed.items():
+        assert line["grad norm"] == expected[step]["grad norm"]
+        if step != 5:  # Megatron-LM prints the mean of two losses for the second step after a start
+            assert line == expected[step]
 
 
 def test_bf16(logs):
