@@ -4,13 +4,14 @@ PYTHON ?= python3
 PYTHON312 ?= python3.12
 VENV := .venv
 VENV19 := .venv-mcore-0.19
+VENVNEMO := .venv-nemo
 RUN := runs/demo
 
 export TORCH_COMPILE_DISABLE := 1
 export CUDA_DEVICE_MAX_CONNECTIONS := 1
 export MPLBACKEND := Agg
 
-.PHONY: demo setup test test-mcore-0.19 test-upstream lint clean
+.PHONY: demo setup test test-mcore-0.19 test-upstream test-nemo lint clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +43,17 @@ test-mcore-0.19: $(VENV19)/.installed  ## the same tests on megatron-core 0.19.2
 test-upstream: $(VENV)/.installed $(VENV19)/.installed  ## the real pretrain_gpt.py: make test-upstream MEGATRON_LM=/path/to/clone
 	MEGATRON_LM=$(MEGATRON_LM) $(VENV)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
 	MEGATRON_LM=$(MEGATRON_LM) $(VENV19)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
+
+# nemo_toolkit's own list of requirements asks for far more than its language models use.
+$(VENVNEMO)/.installed: setup.py tests/upstream/nemo_requirements.txt
+	$(PYTHON) -m venv $(VENVNEMO)
+	$(VENVNEMO)/bin/pip install --quiet --upgrade pip
+	$(VENVNEMO)/bin/pip install --quiet --no-deps nemo_toolkit==2.4.0 megatron-core==0.13.1 -e .
+	$(VENVNEMO)/bin/pip install --quiet -r tests/upstream/nemo_requirements.txt
+	touch $@
+
+test-nemo: $(VENVNEMO)/.installed  ## NeMo's own script and YAML: make test-nemo NEMO=/path/to/NeMo, a checkout of tag v2.4.0
+	NEMO=$(NEMO) $(VENVNEMO)/bin/python -m pytest -q -m "upstream or not upstream" tests/test_nemo_settings.py tests/upstream/test_nemo.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +28,6 @@ import nemo
 import torch
 from omegaconf import OmegaConf, open_dict
 
-from ..allocation import WeightTable
 from ..config import ExactConfig, ExactError
 from ..dataset import ExactDatasetBuilder
 from ..loss import ExactLoss, gpt_loss
@@ -37,15 +35,14 @@ from .documents import MaskAttention, check_masked, feed_documents, masking_docu
 from .hooks import replaced
 from .megatron_lm import table_lines
 from .megatron_lm_plan import core_version
-from .nemo_plan import check_version, masked, refusals, settings
+from .nemo_plan import check_resumed, check_version, masked, refusals, settings
+from .reports import LossSums
 
 check_version(nemo.__version__)
 
 import nemo.collections.nlp.models.language_modeling.megatron_gpt_model as host  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from nemo.collections.nlp.models.language_modeling.megatron_base_model import MegatronBaseModel  # noqa: E402
-
-logger = logging.getLogger(__name__)
 
 
 def install() -> None:
@@ -89,12 +86,17 @@ def install() -> None:
 
 
 def _settings(cfg: Any) -> ExactConfig:
+    """Read model.exact, and write what was not said into it."""
     block: Any = OmegaConf.to_container(cfg.exact, resolve=True) if cfg.get("exact") else None
-    return settings(block)
+    config = settings(block)
+    if block is not None:
+        with open_dict(cfg):
+            cfg.exact = config.to_dict()
+    return config
 
 
 class _Run:
-    """EXACT in one model: the settings, the loss, and what the step in progress has summed up."""
+    """EXACT in one model: the settings, the loss, and what is summed up for the log."""
 
     def __init__(self, config: ExactConfig) -> None:
         self.config = config
@@ -103,32 +105,7 @@ class _Run:
         self.state: dict[str, Any] = {}  # for checkpoints
         self.divisor: torch.Tensor | float = 1.0
         self.latest: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
-        self.training: dict[str, torch.Tensor] = {}
-        self.validation: dict[str, torch.Tensor] = {}
-
-    @property
-    def table(self) -> WeightTable:
-        if self.loss.table is None:
-            raise ExactError("training is about to start on data that EXACT did not weight")
-        return self.loss.table
-
-    def names(self) -> list[str]:
-        """What ExactLoss reports, also on stages that see no loss."""
-        parts = self.table.part_names if self.config.log_buckets and len(self.table.marks) else []
-        return ["exact loss", "lm loss", *(f"lm loss {part}" for part in parts)]
-
-    def reduced(self, sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Averages over all targets of the step or the validation, on every rank. Two small collectives."""
-        none = torch.zeros(2).cuda()
-        total = torch.stack([sums.get(name, none) for name in self.names()])
-        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            group, last = (
-                parallel_state.get_pipeline_model_parallel_group(),
-                parallel_state.get_pipeline_model_parallel_last_rank(),
-            )
-            torch.distributed.broadcast(total, last, group=group)
-        return dict(zip(self.names(), total[:, 0] / total[:, 1]))
+        self.training, self.validation = LossSums(self.loss), LossSums(self.loss)
 
 
 class ExactGPTModel(host.MegatronGPTModel):
@@ -185,9 +162,7 @@ class ExactGPTModel(host.MegatronGPTModel):
                         "NeMo's step did not call MegatronGPTModel.loss_func: this is not a NeMo that EXACT knows"
                     )
                 total, report = run.latest
-                sums = run.validation if validation_step else run.training
-                for name, pair in report.items():
-                    sums[name] = sums[name] + pair if name in sums else pair
+                (run.validation if validation_step else run.training).add(report)
                 return total / run.divisor * cp, logged
 
             return output, weighted
@@ -207,17 +182,15 @@ class ExactGPTModel(host.MegatronGPTModel):
         torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
         shares = len(ahead) * parallel_state.get_data_parallel_world_size()
         run.divisor = (count.clamp(min=1).double() / shares).float()
-        run.training.clear()
         loss = super().fwd_bwd_step(iter(ahead), forward_only, first_val_step)
         run.divisor = 1.0
-        for name, value in run.reduced(run.training).items():
+        for name, value in run.training.reduced().items():
             self.log(name, value, rank_zero_only=True, batch_size=1)
         return loss
 
     def on_validation_epoch_end(self) -> Any:
-        for name, value in self.exact.reduced(self.exact.validation).items():
+        for name, value in self.exact.validation.reduced().items():
             self.log(f"val {name}", value, rank_zero_only=True, batch_size=1)
-        self.exact.validation.clear()
         return super().on_validation_epoch_end()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -225,21 +198,7 @@ class ExactGPTModel(host.MegatronGPTModel):
         checkpoint["exact"] = self.exact.state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        before, now = checkpoint.get("exact"), self.exact.state
-        if before and now and any(before[key] != now[key] for key in ("table", "census")):
-            changed = [
-                f"{key}: {before.get(key)} in the checkpoint, now {now[key]}"
-                for key in now
-                if before.get(key) != now[key]
-            ]
-            if not self.exact.config.allow_changed_weights:
-                raise ValueError(
-                    "the checkpoint was trained with other weights:\n  "
-                    + "\n  ".join(changed)
-                    + "\nUse the settings, the data and "
-                    "trainer.max_steps of the checkpoint, or accept it with model.exact.allow_changed_weights=true"
-                )
-            logger.warning("resumed with other weights: %s", "; ".join(changed))
+        check_resumed(checkpoint.get("exact"), self.exact.state, self.exact.config)
         super().on_load_checkpoint(checkpoint)
 
 

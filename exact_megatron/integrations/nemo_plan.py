@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from typing import Any
 
 from ..config import ExactConfig, ExactError, parse_scalar
 from .settings import take_settings
+
+logger = logging.getLogger(__name__)
 
 BRIDGE = "Megatron-Bridge is where NeMo trains language models now: exact_megatron.integrations.bridge"
 RECIPES = "NeMo 2 recipes are hooked by exact_megatron.integrations.nemo_recipes"
@@ -42,14 +45,16 @@ def settings(block: Mapping[str, Any] | None, environment: Mapping[str, str] | N
     """The settings of a NeMo run. Later wins: defaults, EXACT_CONFIG's file, EXACT_ALPHA and the like, `model.exact`.
 
     Args:
-        block: `model.exact` as YAML and command line made it, plain values; None where there is none.
+        block: `model.exact` as YAML and command line made it, plain values, "???" where nothing was said (the Hydra plugin);
+            None where there is none.
         environment: os.environ if None.
 
     Raises:
         ValueError: an unknown key, with the nearest known one, or a value of the wrong kind.
     """
     base, _ = take_settings([], os.environ if environment is None else environment)
-    given = {key: parse_scalar(value) if isinstance(value, str) else value for key, value in (block or {}).items()}
+    said = {key: value for key, value in (block or {}).items() if value != "???"}
+    given = {key: parse_scalar(value) if isinstance(value, str) else value for key, value in said.items()}
     return ExactConfig.from_mapping({**base.to_dict(), **given})
 
 
@@ -87,3 +92,28 @@ def refusals(model: Mapping[str, Any], config: ExactConfig) -> list[str]:
 def masked(model: Mapping[str, Any]) -> bool:
     """Whether the user asked for documents to be masked."""
     return bool((model.get("data") or {}).get("reset_attention_mask"))
+
+
+def check_resumed(before: Mapping[str, Any] | None, now: Mapping[str, Any], config: ExactConfig) -> None:
+    """Compare the weights of a checkpoint with the run's.
+
+    Args:
+        before: the settings, "table" and "census" that the checkpoint holds; None or empty if it was trained without EXACT.
+        now: the run's own.
+
+    Raises:
+        ValueError: they differ, unless config.allow_changed_weights; both values are named.
+    """
+    if not before or all(before[key] == now[key] for key in ("table", "census")):
+        return
+    changed = [
+        f"{key}: {before.get(key)} in the checkpoint, now {now[key]}" for key in now if before.get(key) != now[key]
+    ]
+    if not config.allow_changed_weights:
+        raise ValueError(
+            "the checkpoint was trained with other weights:\n  "
+            + "\n  ".join(changed)
+            + "\nUse the settings, the data and "
+            "trainer.max_steps of the checkpoint, or accept it with model.exact.allow_changed_weights=true"
+        )
+    logger.warning("resumed with other weights: %s", "; ".join(changed))

@@ -3,9 +3,10 @@
 Hydra imports every module of `hydra_plugins` in every Hydra program. This one does nothing in a program that has not
 imported NeMo's MegatronGPTModel by the time Hydra reads its configuration, and imports nothing that Hydra has not imported.
 
-In such a program every YAML file is read through a source of our own that gives a `model:` block the defaults of `model.exact`, so
-that Hydra knows the keys (NeMo's configurations are closed: a bare `model.exact.enabled=true` would be refused, and a misspelled key
-is). What the file says wins over the defaults, and what later files and the command line say wins over the file.
+In such a program every YAML file is read through a source of our own that gives `model:` a block `exact` with all keys, so that
+Hydra knows them (NeMo's configurations are closed: a bare `model.exact.enabled=true` would be refused, and a misspelled key still
+is). Keys that a file does not set are "???", OmegaConf's word for a value to come: when files are laid over each other it changes
+nothing of what the others say, and ExactConfig's default is taken where it is left at the end.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MODEL = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model"
 
 
 class ExactSource(file_config_source.FileConfigSource):
-    """YAML files of a folder, with the defaults of `model.exact`."""
+    """YAML files of a folder, with the keys of `model.exact`."""
 
     @staticmethod
     def scheme() -> str:
@@ -32,11 +33,15 @@ class ExactSource(file_config_source.FileConfigSource):
 
     def load_config(self, config_path: str) -> ConfigResult:
         result = super().load_config(config_path)
-        model: Any = result.config.get("model") if isinstance(result.config, DictConfig) else None
-        if isinstance(model, DictConfig):
-            from exact_megatron.integrations.nemo_plan import settings
+        config: Any = result.config
+        if not isinstance(config, DictConfig):
+            return result
+        if "model" not in config and "/" not in config_path and result.header["package"] is None:
+            config.model = {}
+        if isinstance(config.get("model"), DictConfig):
+            from exact_megatron.integrations.settings import KEYS
 
-            model.exact = OmegaConf.merge(settings(None).to_dict(), model.get("exact") or {})
+            config.model.exact = OmegaConf.merge(dict.fromkeys(KEYS, "???"), config.model.get("exact") or {})
         return result
 
 

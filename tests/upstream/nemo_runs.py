@@ -24,10 +24,10 @@ def examples() -> Path | None:
     return Path(where, FOLDER) if where and Path(where, FOLDER, "megatron_gpt_pretraining.py").is_file() else None
 
 
-def write_data(folder: Path, name: str, seed: int) -> str:
+def write_data(folder: Path, name: str, seed: int, least: int) -> str:
     """Documents of 1, 2, S - 1, S, S + 1 and 10 S tokens among ordinary ones, each closed by its only EOD, 0.
 
-    Token 1 is the byte-level tokenizer's pad and a token like others here.
+    Tokens are `least` and above; 1 is the byte-level tokenizer's pad.
     """
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -39,7 +39,7 @@ def write_data(folder: Path, name: str, seed: int) -> str:
     prefix = str(folder / name)
     builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
     for n in lengths:
-        builder.add_document(torch.from_numpy(np.append(rng.integers(1, 95, n - 1), 0)), [int(n)])
+        builder.add_document(torch.from_numpy(np.append(rng.integers(least, 95, n - 1), 0)), [int(n)])
     builder.finalize(prefix + ".idx")
     return prefix
 
@@ -49,7 +49,7 @@ def arguments(folder: Path, name: str, data: str, world: int) -> list[str]:
     text = f"""
     trainer.accelerator=cpu trainer.devices={world} trainer.precision=32 trainer.max_steps=6 trainer.log_every_n_steps=1
     trainer.val_check_interval=6 trainer.limit_val_batches=2 trainer.limit_test_batches=1 +trainer.num_sanity_val_steps=0
-    exp_manager.exp_dir={folder}/exp/{name} exp_manager.create_checkpoint_callback=False exp_manager.resume_if_exists=False
+    exp_manager.explicit_log_dir={folder}/exp/{name} exp_manager.create_checkpoint_callback=False exp_manager.resume_if_exists=False
     model.megatron_amp_O2=False model.use_cpu_initialization=True model.micro_batch_size=2 model.global_batch_size=8
     model.encoder_seq_length={SEQ_LENGTH} model.num_layers=2 model.hidden_size=32 model.ffn_hidden_size=64
     model.num_attention_heads=4 model.hidden_dropout=0 model.attention_dropout=0 model.init_method_std=0.2

@@ -2,8 +2,9 @@
 
     nemo_train.py EXAMPLES JOBS.json FOLDER
 
-EXAMPLES is examples/nlp/language_modeling of a NeMo checkout. A job is {"name", "port", "seconds", "arguments", "script"}; its
-arguments are Hydra's. Each job is a fork of this process, which has paid for the imports; its output is FOLDER/NAME.RANK.
+EXAMPLES is examples/nlp/language_modeling of a NeMo checkout. A job is {"name", "port", "seconds", "arguments"} and may have a
+script of its own, an environment, and plugin: false. Each job is a fork of this process, which has paid for the imports; its
+output is FOLDER/NAME.RANK.
 
 The CPU runtime of this project answers for the GPU in megatron.core; what else NeMo asks of a GPU, of apex and of Transformer
 Engine is answered here.
@@ -56,7 +57,8 @@ def install() -> None:
         setattr(gpt, f"get_gpt_{spec}_spec", lambda *args, **kwargs: None)  # get_specs builds all to pick one
     clip.multi_tensor_applier = core_utils.local_multi_tensor_applier
     clip.amp_C = types.SimpleNamespace(
-        multi_tensor_l2norm=core_utils.local_multi_tensor_l2_norm, multi_tensor_scale=core_utils.local_multi_tensor_scale
+        multi_tensor_l2norm=core_utils.local_multi_tensor_l2_norm,
+        multi_tensor_scale=core_utils.local_multi_tensor_scale,
     )
 
     class Norm(torch.nn.LayerNorm):
@@ -93,6 +95,12 @@ def install() -> None:
 
 
 def run(examples: Path, job: dict) -> None:
+    from hydra.core.plugins import Plugins
+    from hydra.core.singleton import Singleton
+
+    Singleton._instances.pop(Plugins, None)  # NeMo's imports have had them scanned
+    if not job.get("plugin", True):
+        sys.modules["hydra_plugins"] = None  # as where this package is not installed
     script = examples / job.get("script", "megatron_gpt_pretraining.py")
     sys.argv = [str(script), *job["arguments"]]
     exec(compile(script.read_text(), script, "exec"), {"__name__": "__main__", "__file__": str(script)})
