@@ -103,7 +103,7 @@ class Log:
         return bool(self.ranks) and all(text.rstrip().endswith("exit status 0") for text in self.ranks)
 
     def steps(self) -> dict[str, dict[int, float]]:
-        """{tag: {step: value}} of all TensorBoard files of the run, float32 as written."""
+        """{tag: {step: value}} from TensorBoard, float32 as written; step is the trainer's, also after a resume."""
         assert self.ok, f"{self.name}: {self.text[-5000:]}"
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -113,7 +113,11 @@ class Log:
             events.Reload()
             for tag in events.Tags()["scalars"]:
                 found.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
-        return found
+        trainers = {logged: int(value) for logged, value in found["global_step"].items()}
+        return {
+            tag: {trainers[logged]: value for logged, value in values.items() if logged in trainers}
+            for tag, values in found.items()
+        }
 
     def error(self) -> str:
         """The end of a run that must fail before its first step."""

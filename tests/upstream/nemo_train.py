@@ -18,11 +18,13 @@ import signal
 import sys
 import traceback
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
 def install() -> None:
+    os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "0")  # megatron_base_model.py:404
     from exact_megatron.training import cpu_runtime
     from exact_megatron.training.torch_adam import restore_torch_adam_steps
 
@@ -106,14 +108,12 @@ def run(examples: Path, job: dict) -> None:
     exec(compile(script.read_text(), script, "exec"), {"__name__": "__main__", "__file__": str(script)})
 
 
-def main() -> None:
-    os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "0")  # megatron_base_model.py:404
-    examples, folder = Path(sys.argv[1]), Path(sys.argv[3])
-    install()
+def run_each(jobs: str, folder: Path, start: Callable[[dict, Path], None]) -> None:
+    """Fork for each job of a JSON file, with its output in FOLDER/NAME.RANK and its exit status as the last line of that."""
     import torch
 
     torch.set_num_threads(1)
-    for job in json.loads(Path(sys.argv[2]).read_text()):
+    for job in json.loads(Path(jobs).read_text()):
         child = os.fork()
         if child == 0:
             log = os.open(folder / f"{job['name']}.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -123,7 +123,7 @@ def main() -> None:
             status = 1
             try:
                 signal.alarm(job["seconds"])
-                run(examples, job)
+                start(job, folder)
                 status = 0
             except SystemExit as end:
                 status = 0 if end.code in (None, 0) else 1
@@ -137,4 +137,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":  # the writer of torch_dist checkpoints spawns a child that imports this file
-    main()
+    install()
+    run_each(sys.argv[2], Path(sys.argv[3]), lambda job, folder: run(Path(sys.argv[1]), job))
