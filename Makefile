@@ -7,15 +7,14 @@ VENV := .venv
 VENV19 := .venv-mcore-0.19
 VENV_BRIDGE := .venv-bridge
 VENV_BRIDGE06 := .venv-bridge-0.6
+VENV_NEMO := .venv-nemo
 RUN := runs/demo
 
 export TORCH_COMPILE_DISABLE := 1
 export CUDA_DEVICE_MAX_CONNECTIONS := 1
 export MPLBACKEND := Agg
 
-
-
-.PHONY: demo setup test test-mcore-0.19 test-upstream test-bridge test-bridge-0.6 test-slurm walkthrough lint clean
+.PHONY: demo setup test test-mcore-0.19 test-upstream test-bridge test-bridge-0.6 test-nemo test-slurm walkthrough lint clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -78,6 +77,17 @@ walkthrough: setup  ## a published model: weights, documents, census, EXACT step
 
 test-slurm: setup  ## the jobs of slurm/ on four virtual nodes, as root; on a cluster: EXACT_SLURM=existing make test-slurm SHARED=/shared/folder
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m slurm tests/slurm --durations=10 $(if $(SHARED),--basetemp $(SHARED)/test-slurm)
+
+# nemo_toolkit's own list of requirements asks for far more than its language models use.
+$(VENV_NEMO)/.installed: setup.py tests/upstream/nemo_requirements.txt
+	$(PYTHON) -m venv $(VENV_NEMO)
+	$(VENV_NEMO)/bin/pip install --quiet --upgrade pip
+	$(VENV_NEMO)/bin/pip install --quiet --no-deps nemo_toolkit==2.4.0 megatron-core==0.13.1 -e .
+	$(VENV_NEMO)/bin/pip install --quiet -r tests/upstream/nemo_requirements.txt
+	touch $@
+
+test-nemo: $(VENV_NEMO)/.installed  ## NeMo's own script and YAML: make test-nemo NEMO=/path/to/NeMo, a checkout of tag v2.4.0
+	NEMO=$(NEMO) $(VENV_NEMO)/bin/python -m pytest -q -m "upstream or not upstream" tests/test_nemo_settings.py tests/upstream/test_nemo.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

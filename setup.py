@@ -1,7 +1,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "exact_megatron" / "__init__.py").read_text()).group(1)
@@ -40,7 +40,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["exact_megatron", "exact_megatron.*"]),
+    # hydra_plugins is Hydra's namespace, shared with other distributions: no __init__.py there
+    packages=[
+        *find_packages(include=["exact_megatron", "exact_megatron.*"]),
+        *find_namespace_packages(include=["hydra_plugins.*"]),
+    ],
     package_data={"exact_megatron": ["py.typed", "comparison.md"]},
     install_requires=["numpy>=1.24"],
     extras_require=extras,

@@ -34,6 +34,7 @@ class ExactGPTDataset(GPTDataset):
     weight_table: WeightTable | None = None
     emit_cu_seqlens = False
     boundaries_only = False  # samples are their cu_seqlens alone, and no token is read: for ranks that need no more
+    cached_loss_mask: torch.Tensor | None
     _tail_start = 0  # least effective context with another weight than 0 has
 
     def __init__(
@@ -111,6 +112,9 @@ class ExactGPTDataset(GPTDataset):
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         if self.boundaries_only:
             return {"cu_seqlens": self._filled_up(self.pieces(idx or 0)[0])}
+        if self.weight_table is not None and self.cached_loss_mask is not None:
+            # Up to megatron-core 0.14 a pad of one sample is masked in the shared tensor, for all later samples.
+            self.cached_loss_mask = torch.ones_like(self.cached_loss_mask)
         sample = super().__getitem__(idx)
         if self.weight_table is None and not self.emit_cu_seqlens:
             return sample
@@ -180,7 +184,10 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
                 to other data than what lies there now.
             ExactError: no loss function is hooked.
         """
-        datasets = super().build()
+        return self.weight(super().build())
+
+    def weight(self, datasets: list[Any]) -> list[Any]:
+        """Weight the splits that another builder made of ExactGPTDataset; raises as `build`."""
         _from_rank_0(lambda: self._check_indices(datasets))
         if self.exact.enabled:
             self.census = _from_rank_0(lambda: self._census(datasets[0]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,10 +23,33 @@ from ..config import ExactError
 from .hooks import replaced
 
 
+class MaskAttention(DocumentAttention):
+    """DocumentAttention that finds the boundaries in `attention_mask`, for megatron-core below 0.16, where attention takes every
+    packed_seq_params for thd.
+
+    `attention_mask` is an integer tensor [boundaries] on the CPU, as `feed_documents(..., in_mask=True)` passes it. Megatron
+    hands it to every layer, recomputed ones too.
+    """
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None,
+        attn_mask_type: Any = None, attention_bias: torch.Tensor | None = None, packed_seq_params: Any = None,
+    ) -> torch.Tensor:  # fmt: skip
+        if attention_mask is None or attention_mask.dim() != 1:
+            raise ExactError("this layer got no document boundaries: its model was not called through feed_documents")
+        documents = _remembered(tuple(attention_mask.tolist()), query.size(0) * self.cp, query.size(1))
+        return super().forward(query, key, value, None, attn_mask_type, attention_bias, documents)
+
+
+@functools.lru_cache(maxsize=64)
+def _remembered(cuts: Sequence[int], seq_length: int, batch: int) -> DocumentBoundaries:
+    return document_boundaries(cuts, seq_length, batch)
+
+
 @contextmanager
-def masking_documents() -> Iterator[None]:
-    """While a host builds its model within this block, SelfAttention gets DocumentAttention in place of the core attention of
-    the host's layer spec. Core attention holds no parameters. `check_masked` says whether that reached every layer.
+def masking_documents(attention: type[DocumentAttention] = DocumentAttention) -> Iterator[None]:
+    """While a host builds its model within this block, SelfAttention gets `attention` in place of the core attention of the
+    host's layer spec. Core attention holds no parameters. `check_masked` says whether that reached every layer.
 
     Raises (while the host builds):
         ValueError: the spec's core attention is one of Megatron-Bridge's models and computes something else (Gemma2's soft cap,
@@ -35,14 +58,14 @@ def masking_documents() -> Iterator[None]:
     build = SelfAttention.__init__
 
     @functools.wraps(build)
-    def built(attention: Any, config: Any, submodules: Any, *args: Any, **kwargs: Any) -> None:
+    def built(layer: Any, config: Any, submodules: Any, *args: Any, **kwargs: Any) -> None:
         stock = getattr(submodules.core_attention, "module", submodules.core_attention)
         if getattr(stock, "__module__", "").startswith("megatron.bridge."):
             raise ValueError(
                 f"this model has a core attention of its own, {stock.__module__}.{stock.__name__}, which DocumentAttention would "
                 "replace: accept unmasked documents with model.exact.allow_unmasked_documents=true, or train another model"
             )
-        build(attention, config, dataclasses.replace(submodules, core_attention=DocumentAttention), *args, **kwargs)
+        build(layer, config, dataclasses.replace(submodules, core_attention=attention), *args, **kwargs)
 
     with replaced(SelfAttention, "__init__", built):
         yield
@@ -78,7 +101,9 @@ def join_boundaries(cu_seqlens: torch.Tensor, seq_length: int) -> list[int]:
     return [*joined, len(cu_seqlens) * seq_length]
 
 
-def feed_documents(forward_step: Callable[..., Any], seq_length: int, device: Any = None) -> Callable[..., Any]:
+def feed_documents(
+    forward_step: Callable[..., Any], seq_length: int, device: Any = None, in_mask: bool = False
+) -> Callable[..., Any]:
     """Wrap a host's `forward_step(data_iterator, model, ...)` so that its model gets the boundaries of each micro-batch.
 
     Every rank needs an iterator over samples with `cu_seqlens` int32[b, S + 1] (ExactDatasetBuilder with emit_cu_seqlens);
@@ -88,6 +113,7 @@ def feed_documents(forward_step: Callable[..., Any], seq_length: int, device: An
         forward_step: calls model(tokens, ...) once.
         seq_length: S.
         device: of the boundaries' tensors; None is the current CUDA device, or the CPU without one.
+        in_mask: pass them for a model of MaskAttention.
 
     Raises (the wrapped function):
         ExactError: this rank has no data iterator, or the batch has no boundaries.
@@ -105,8 +131,12 @@ def feed_documents(forward_step: Callable[..., Any], seq_length: int, device: An
         batch.pop("dataset_id", None)
         where = device if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
         cuts = join_boundaries(cu_seqlens, seq_length)
-        boundaries = document_boundaries(cuts, seq_length, len(cu_seqlens), device=where)
-        return forward_step(iter([batch]), _WithDocuments(model, boundaries), *args, **kwargs)
+        if in_mask:
+            model = _WithDocuments(model, {"attention_mask": torch.tensor(cuts)})
+        else:
+            boundaries = document_boundaries(cuts, seq_length, len(cu_seqlens), device=where)
+            model = _WithDocuments(model, {"packed_seq_params": boundaries})
+        return forward_step(iter([batch]), model, *args, **kwargs)
 
     return hooked
 
@@ -114,11 +144,11 @@ def feed_documents(forward_step: Callable[..., Any], seq_length: int, device: An
 class _WithDocuments:
     """The model, called with boundaries."""
 
-    def __init__(self, model: Any, boundaries: DocumentBoundaries) -> None:
-        self._model, self._boundaries = model, boundaries
+    def __init__(self, model: Any, arguments: dict[str, Any]) -> None:
+        self._model, self._arguments = model, arguments
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._model(*args, **{**kwargs, "packed_seq_params": self._boundaries})
+        return self._model(*args, **{**kwargs, **self._arguments})
 
     def __getattr__(self, name: str) -> Any:
         if name == "build_schedule_plan":

@@ -1,0 +1,229 @@
+"""NeMo: `model.exact.*` for the YAML-configured MegatronGPTModel (nemo_toolkit up to 2.5.0; recipes: nemo_recipes.py).
+
+`install()` is the one call. It makes every MegatronGPTModel whose configuration has `model.exact.enabled=true` an
+ExactGPTModel, before its constructor runs; all others stay NeMo's. With this package installed, the Hydra plugin (hydra_plugins/)
+calls it for scripts that import MegatronGPTModel, such as NeMo's own megatron_gpt_pretraining.py.
+
+What NeMo 2.4.0 does with a weighted loss_mask, and what is done here (nemo/collections/nlp/models/language_modeling/
+megatron_gpt_model.py):
+
+* :1245 divides by the sum of loss_mask, so that weights cancel: here by the whole number of targets.
+* :1628 averages averages of micro-batches: the gradient here is divided once, by the count of the global batch.
+* :1468 multiplies by the context-parallel size, and megatron-core does so again from 0.12 on (core/pipeline_parallel/
+  schedules.py 0.13.1:313), so that gradients are cp times too large, and clipping cuts: here once.
+* `reduced_train_loss` and `val_loss` stay NeMo's own unweighted numbers, computed by NeMo.
+
+Imports NeMo, which takes seconds; refuses a nemo_toolkit without this model.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import nemo
+import torch
+from omegaconf import OmegaConf, open_dict
+
+from ..config import ExactConfig, ExactError
+from ..dataset import ExactDatasetBuilder
+from ..loss import ExactLoss, gpt_loss
+from .documents import MaskAttention, check_masked, feed_documents, masking_documents
+from .hooks import replaced
+from .megatron_lm import table_lines
+from .megatron_lm_plan import core_version
+from .nemo_plan import check_resumed, check_version, masked, refusals, settings
+from .reports import LossSums
+
+check_version(nemo.__version__)
+
+import nemo.collections.nlp.models.language_modeling.megatron_gpt_model as host  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from nemo.collections.nlp.models.language_modeling.megatron_base_model import MegatronBaseModel  # noqa: E402
+
+
+def install() -> None:
+    """Hook EXACT into NeMo's Megatron models; calling it again does nothing.
+
+    Afterwards a model whose configuration enables EXACT raises ValueError or ExactError where it is built, if EXACT cannot
+    weight it. What checkpoints and .nemo files say of the model names NeMo's class and no `model.exact`, so that it loads for
+    inference and without this package.
+    """
+    gpt, base = host.MegatronGPTModel, MegatronBaseModel
+    if getattr(gpt.__init__, "exact", False):
+        return
+    build_gpt, build_any = gpt.__init__, base.__init__
+
+    @functools.wraps(build_gpt)
+    def gpt_built(model: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        config = _settings(cfg)
+        if config.enabled and type(model) is gpt:
+            reasons = refusals(cfg, config)
+            if reasons:
+                raise ValueError("EXACT refuses this run:\n  " + "\n  ".join(reasons))
+            cfg = copy.deepcopy(cfg)
+            with open_dict(cfg):
+                cfg.pop("exact", None)
+                cfg.setdefault("target", f"{gpt.__module__}.{gpt.__name__}")
+            model.__class__ = ExactGPTModel
+            model.exact = _Run(config)
+        build_gpt(model, cfg, *args, **kwargs)
+
+    @functools.wraps(build_any)
+    def any_built(model: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(model, ExactGPTModel) and _settings(cfg).enabled:
+            raise ExactError(
+                f"model.exact.enabled=true, but EXACT weights MegatronGPTModel and not {type(model).__name__}, which has data or a "
+                "loss of its own. Set model.exact.enabled=false"
+            )
+        build_any(model, cfg, *args, **kwargs)
+
+    gpt_built.exact = True  # type: ignore[attr-defined]
+    gpt.__init__, base.__init__ = gpt_built, any_built
+
+
+def _settings(cfg: Any) -> ExactConfig:
+    """Read model.exact, and write what was not said into it."""
+    block: Any = OmegaConf.to_container(cfg.exact, resolve=True) if cfg.get("exact") else None
+    config = settings(block)
+    if block is not None:
+        with open_dict(cfg):
+            cfg.exact = config.to_dict()
+    return config
+
+
+class _Run:
+    """EXACT in one model: the settings, the loss, and what is summed up for the log."""
+
+    def __init__(self, config: ExactConfig) -> None:
+        self.config = config
+        self.loss = ExactLoss(config)
+        self.weighted_loss = self.loss.wrap(gpt_loss)
+        self.state: dict[str, Any] = {}  # for checkpoints
+        self.divisor: torch.Tensor | float = 1.0
+        self.latest: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
+        self.training, self.validation = LossSums(self.loss), LossSums(self.loss)
+
+
+class ExactGPTModel(host.MegatronGPTModel):
+    """MegatronGPTModel on weighted data; see the module. Built by MegatronGPTModel(...) after `install()`."""
+
+    exact: _Run
+
+    def model_provider_func(self, pre_process: bool, post_process: bool) -> Any:
+        config = self.transformer_config
+        if config.calculate_per_token_loss or getattr(config, "mtp_num_layers", None):
+            raise ValueError(
+                "EXACT divides the loss itself and knows one prediction per target: unset calculate_per_token_loss and mtp_num_layers "
+                "in model.mcore_customization_config"
+            )
+        if not masked(self.cfg):
+            return super().model_provider_func(pre_process, post_process)
+        with masking_documents(MaskAttention):
+            model = super().model_provider_func(pre_process, post_process)
+        check_masked(model, self.cfg.data.seq_length)
+        return model
+
+    def build_train_valid_test_datasets(self) -> Any:
+        with replaced(vars(host), "BlendedMegatronDatasetBuilder", functools.partial(_Builder, self)):
+            return super().build_train_valid_test_datasets()
+
+    def get_batch_on_this_context_parallel_rank(self, batch: dict[str, Any]) -> dict[str, Any]:
+        weights = batch.get("loss_mask")
+        batch = super().get_batch_on_this_context_parallel_rank(batch)
+        if weights is not None:
+            batch["num_valid_tokens_in_ub"] = (weights != 0).to(weights.dtype).sum()
+        return batch
+
+    def loss_func(self, loss_mask: torch.Tensor, num_valid_tokens_in_ub: Any, output_tensor: torch.Tensor) -> Any:
+        """NeMo's unweighted loss, for the log; the weighted one is left to `get_forward_output_and_loss_func`."""
+        total, _, report = self.exact.weighted_loss(loss_mask, output_tensor)
+        self.exact.latest = total, report
+        mask = (loss_mask != 0).to(loss_mask.dtype)
+        return super().loss_func(mask, num_valid_tokens_in_ub, output_tensor.detach())
+
+    def get_forward_output_and_loss_func(
+        self, validation_step: bool = False, tuning: bool = False
+    ) -> Callable[..., Any]:
+        stock, run = super().get_forward_output_and_loss_func(validation_step, tuning), self.exact
+        cp = 1 if core_version() >= (0, 12) else parallel_state.get_context_parallel_world_size()
+
+        def forward_step(data_iterator: Any, model: Any, *args: Any) -> Any:
+            output, loss_func = stock(data_iterator, model, *args)
+
+            def weighted(output_tensor: torch.Tensor) -> Any:
+                run.latest = None
+                _, logged = loss_func(output_tensor)
+                if run.latest is None:
+                    raise ExactError(
+                        "NeMo's step did not call MegatronGPTModel.loss_func: this is not a NeMo that EXACT knows"
+                    )
+                total, report = run.latest
+                (run.validation if validation_step else run.training).add(report)
+                return total / run.divisor * cp, logged
+
+            return output, weighted
+
+        return (
+            feed_documents(forward_step, self.cfg.data.seq_length, in_mask=True) if masked(self.cfg) else forward_step
+        )
+
+    def fwd_bwd_step(self, dataloader_iter: Any, forward_only: bool, first_val_step: Any = None) -> Any:
+        run = self.exact
+        batches = map(lambda drawn: drawn[0] if isinstance(drawn, tuple) else drawn, dataloader_iter)
+        if forward_only:
+            return super().fwd_bwd_step(batches, forward_only, first_val_step)
+        # One divisor for the global batch: its micro-batches are read ahead, and their targets counted.
+        ahead = list(itertools.islice(batches, host.get_num_microbatches()))
+        count = torch.tensor(sum(int(batch["loss_mask"].count_nonzero()) for batch in ahead)).cuda()
+        torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
+        shares = len(ahead) * parallel_state.get_data_parallel_world_size()
+        run.divisor = (count.clamp(min=1).double() / shares).float()
+        loss = super().fwd_bwd_step(iter(ahead), forward_only, first_val_step)
+        run.divisor = 1.0
+        for name, value in run.training.reduced().items():
+            self.log(name, value, rank_zero_only=True, batch_size=1)
+        return loss
+
+    def on_validation_epoch_end(self) -> Any:
+        for name, value in self.exact.validation.reduced().items():
+            self.log(f"val {name}", value, rank_zero_only=True, batch_size=1)
+        return super().on_validation_epoch_end()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["exact"] = self.exact.state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_resumed(checkpoint.get("exact"), self.exact.state, self.exact.config)
+        super().on_load_checkpoint(checkpoint)
+
+
+class _Builder(ExactDatasetBuilder):
+    """What build_train_valid_test_datasets calls in place of BlendedMegatronDatasetBuilder."""
+
+    def __init__(self, model: ExactGPTModel, cls: Any, sizes: Any, is_built_on_rank: Any, config: Any) -> None:
+        self.model = model
+        own = masked(model.cfg)
+        if own:  # dense masks are not needed
+            config.reset_attention_mask = config.create_attention_mask = False
+        super().__init__(
+            cls, sizes, is_built_on_rank, config, exact=model.exact.config, loss=model.exact.loss, emit_cu_seqlens=own
+        )
+
+    def build(self) -> list[Any]:
+        datasets, run = super().build(), self.model.exact
+        assert self.table is not None and self.census is not None
+        run.state = {**run.config.to_dict(), "table": self.table.digest, "census": self.census.digest}
+        if torch.distributed.get_rank() == 0:
+            masking = (
+                "masked by DocumentAttention, in place of the dense masks of model.data.reset_attention_mask"
+                if self.emit_cu_seqlens
+                else "not masked: documents in a sample see each other (model.exact.allow_unmasked_documents=true)"
+            )
+            hooked = "hooked      data, loss and attention of MegatronGPTModel"
+            print("\n  ".join(["EXACT", hooked, f"masking     {masking}", *table_lines(self.table)]), flush=True)
+        return datasets

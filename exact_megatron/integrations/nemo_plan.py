@@ -1,0 +1,119 @@
+"""What of a NeMo run EXACT refuses, and which nemo_toolkit it knows. Standard library only."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import ExactConfig, ExactError, parse_scalar
+from .settings import take_settings
+
+logger = logging.getLogger(__name__)
+
+BRIDGE = "Megatron-Bridge is where NeMo trains language models now: exact_megatron.integrations.bridge"
+RECIPES = "NeMo 2 recipes are hooked by exact_megatron.integrations.nemo_recipes"
+
+
+def check_version(version: str, *, recipes: bool = False) -> None:
+    """Refuse a nemo_toolkit that lacks what is to be hooked.
+
+    Args:
+        version: nemo.__version__, "2.4.0".
+        recipes: nemo.collections.llm is needed (2.0 to 2.7), else the YAML-configured MegatronGPTModel (up to 2.5.0).
+
+    Raises:
+        ExactError: this version lacks it.
+    """
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
+    if numbers >= (3,):
+        raise ExactError(f"nemo_toolkit {version} has no Megatron: it holds speech only. {BRIDGE}")
+    if recipes and numbers < (2,):
+        raise ExactError(
+            f"nemo_toolkit {version} has no nemo.collections.llm: use its YAML (exact_megatron.integrations.nemo)"
+        )
+    if not recipes and numbers > (2, 5, 0):
+        raise ExactError(
+            f"nemo_toolkit {version} has no MegatronGPTModel (it left after 2.5.0): model.exact in a YAML does nothing here. "
+            f"{RECIPES}; {BRIDGE}"
+        )
+
+
+def settings(block: Mapping[str, Any] | None, environment: Mapping[str, str] | None = None) -> ExactConfig:
+    """The settings of a NeMo run. Later wins: defaults, EXACT_CONFIG's file, EXACT_ALPHA and the like, `model.exact`.
+
+    Args:
+        block: `model.exact` as YAML and command line made it, plain values, "???" where nothing was said (the Hydra plugin);
+            None where there is none.
+        environment: os.environ if None.
+
+    Raises:
+        ValueError: an unknown key, with the nearest known one, or a value of the wrong kind.
+    """
+    base, _ = take_settings([], os.environ if environment is None else environment)
+    said = {key: value for key, value in (block or {}).items() if value != "???"}
+    given = {key: parse_scalar(value) if isinstance(value, str) else value for key, value in said.items()}
+    return ExactConfig.from_mapping({**base.to_dict(), **given})
+
+
+def refusals(model: Mapping[str, Any], config: ExactConfig) -> list[str]:
+    """What of a NeMo YAML run EXACT would weight wrongly, in words; empty is a run that can start.
+
+    Args:
+        model: the block `model` of the configuration.
+        config: the settings.
+    """
+    data = model.get("data") or {}
+    refused = {
+        "model.mcore_gpt=false: the model from before megatron-core is not hooked. Set it to true": not model.get(
+            "mcore_gpt"
+        ),
+        "model.fsdp=true: its gradients are reduced in another way, which nobody has compared. Use DDP or a distributed "
+        "optimizer": model.get("fsdp"),
+        "model.virtual_pipeline_model_parallel_size: NeMo's own model refuses it at the first validation. Set it to null": (
+            model.get("virtual_pipeline_model_parallel_size") or 1
+        )
+        > 1,
+        "model.data.legacy_dataset=true: only megatron-core's GPTDataset is weighted. Set it to false": data.get(
+            "legacy_dataset"
+        ),
+        "model.data.data_impl=mock: mock data have no documents. Set it to mmap": data.get("data_impl") == "mock",
+        "model.data.add_fim=true: fill-in-the-middle reorders documents. Set it to false": data.get("add_fim"),
+        "model.data.data_prefix is missing: give the prefix of a .bin/.idx pair": not data.get("data_prefix"),
+        "documents in a sample would see each other, and the weights would not measure what a target sees. Ask for masking with "
+        "model.data.reset_attention_mask=true (EXACT does it with an attention of its own), or accept it with "
+        "model.exact.allow_unmasked_documents=true": not masked(model) and not config.allow_unmasked_documents,
+    }
+    return [reason for reason, wrong in refused.items() if wrong]
+
+
+def masked(model: Mapping[str, Any]) -> bool:
+    """Whether the user asked for documents to be masked."""
+    return bool((model.get("data") or {}).get("reset_attention_mask"))
+
+
+def check_resumed(before: Mapping[str, Any] | None, now: Mapping[str, Any], config: ExactConfig) -> None:
+    """Compare the weights of a checkpoint with the run's.
+
+    Args:
+        before: the settings, "table" and "census" that the checkpoint holds; None or empty if it was trained without EXACT.
+        now: the run's own.
+
+    Raises:
+        ValueError: they differ, unless config.allow_changed_weights; both values are named.
+    """
+    if not before or all(before[key] == now[key] for key in ("table", "census")):
+        return
+    changed = [
+        f"{key}: {before.get(key)} in the checkpoint, now {now[key]}" for key in now if before.get(key) != now[key]
+    ]
+    if not config.allow_changed_weights:
+        raise ValueError(
+            "the checkpoint was trained with other weights:\n  "
+            + "\n  ".join(changed)
+            + "\nUse the settings, the data and "
+            "trainer.max_steps of the checkpoint, or accept it with model.exact.allow_changed_weights=true"
+        )
+    logger.warning("resumed with other weights: %s", "; ".join(changed))

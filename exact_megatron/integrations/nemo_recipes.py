@@ -1,0 +1,209 @@
+"""NeMo 2 recipes (nemo.collections.llm, nemo_toolkit 2.0 to 2.7): a dataset class for PreTrainingDataModule and a callback.
+
+    recipe.data = run.Config(PreTrainingDataModule, ..., dataset_cls=ExactDataset, reset_attention_mask=True)
+    recipe.trainer.callbacks.append(run.Config(ExactCallback, alpha=0.15))
+
+The callback weights what the data module built, before the model is built, and puts ExactLossReduction and, with
+reset_attention_mask, DocumentAttention into the model. What a recipe's checkpoint says of the run (context/) names both classes, as it
+names every class of a recipe; model weights do not.
+
+`reduced_train_loss` and `val_loss` stay NeMo's own unweighted numbers. Imports NeMo, which takes seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import nemo
+import torch
+
+from ..config import ExactError
+from ..dataset import ExactDatasetBuilder, ExactGPTDataset, members
+from ..loss import ExactLoss, gpt_loss
+from .documents import MaskAttention, check_masked, join_boundaries, masking_documents
+from .megatron_lm import table_lines
+from .nemo_plan import check_resumed, check_version, settings
+from .reports import LossSums
+
+check_version(nemo.__version__, recipes=True)
+
+from lightning.pytorch.callbacks import Callback  # noqa: E402
+from nemo.collections.llm.gpt.model.base import GPTModel, gpt_data_step, gpt_forward_step  # noqa: E402
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction  # noqa: E402
+
+
+class ExactDataset(ExactGPTDataset):
+    """For PreTrainingDataModule(dataset_cls=...). Its samples are refused until an ExactCallback has seen them."""
+
+    seen = False
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        if not self.seen:
+            raise ExactError(
+                "ExactDataset without ExactCallback: add run.Config(ExactCallback) to the trainer's callbacks, or leave out dataset_cls"
+            )
+        return super().__getitem__(idx)
+
+
+class ExactLossReduction(MaskedTokenLossReduction):
+    """NeMo's reduction on weighted batches: the gradient is the weighted sum's, the log stays NeMo's unweighted loss.
+
+    Args:
+        loss: the run's hook.
+        validation_step, val_drop_last: as in NeMo.
+    """
+
+    def __init__(self, loss: ExactLoss, validation_step: bool = False, val_drop_last: bool = True) -> None:
+        super().__init__(validation_step, val_drop_last)
+        self.weighted_loss = loss.wrap(gpt_loss)
+        self.sums = LossSums(loss)
+
+    def forward(self, batch: dict[str, torch.Tensor], forward_out: torch.Tensor) -> Any:
+        """(weighted sum of losses, int32 number of targets, NeMo's {"loss_sum_and_ub_size": unweighted [sum, count]})."""
+        total, _, report = self.weighted_loss(batch["loss_mask"], forward_out)
+        self.sums.add(report)
+        mask = (batch["loss_mask"] != 0).float()
+        _, count, logged = super().forward({**batch, "loss_mask": mask}, forward_out.detach())
+        return total, count, logged
+
+
+class ExactCallback(Callback):
+    """EXACT in a NeMo 2 run.
+
+    Args:
+        enabled: false trains as without EXACT, on the same ExactDataset.
+        settings: the other keys of ExactConfig, `alpha=0.15`.
+
+    Raises (when the trainer sets up):
+        ValueError: an unknown setting; a model, data or layout that EXACT would weight wrongly; no tail target in the data.
+        ExactError: the data are not ExactDataset's.
+    """
+
+    def __init__(self, enabled: bool = True, **options: Any) -> None:
+        self.config = settings({"enabled": enabled, **options})
+        self.loss = ExactLoss(self.config)
+        self.state: dict[str, Any] = {}
+        self.masked = False
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        data = trainer.datamodule
+        splits = [getattr(data, name, None) for name in ("_train_ds", "_validation_ds", "_test_ds")]
+        parts = list(members(splits))
+        if not self.config.enabled or self.state:
+            for part in parts:
+                part.seen = True
+            return
+        strange = {type(part).__name__ for part in parts if not isinstance(part, ExactDataset)}
+        if strange or not parts:
+            raise ExactError(
+                f"EXACT weights ExactDataset, and the data module built {', '.join(sorted(strange)) or 'nothing'}: give it real data and "
+                "PreTrainingDataModule(dataset_cls=ExactDataset)"
+            )
+        reasons = self._refusals(trainer, pl_module, data)
+        if reasons:
+            raise ValueError("EXACT refuses this run:\\n  " + "\\n  ".join(reasons))
+        self.masked = bool(data.reset_attention_mask)
+        for part in parts:
+            part.seen = True
+            if self.masked:  # dense masks are not needed
+                part.config.reset_attention_mask = part.config.create_attention_mask = False
+        # wrapped before the builder binds the weights to the loss
+        pl_module._training_loss_reduction = ExactLossReduction(self.loss)
+        pl_module._validation_loss_reduction = ExactLossReduction(self.loss, validation_step=True)
+        config = parts[0].config
+        builder = ExactDatasetBuilder(
+            ExactDataset,
+            [1, 1, 1],
+            lambda: True,
+            config,
+            exact=self.config,
+            loss=self.loss,
+            emit_cu_seqlens=self.masked,
+        )
+        builder.weight(splits)
+        assert builder.table is not None and builder.census is not None
+        self.state = {**self.config.to_dict(), "table": builder.table.digest, "census": builder.census.digest}
+        if self.masked:
+            self._mask(pl_module, data.seq_length)
+        if trainer.global_rank == 0:
+            masking = "masked by DocumentAttention" if self.masked else "not masked (allow_unmasked_documents)"
+            hooked = "hooked      data, loss and attention of NeMo's GPTModel"
+            print("\\n  ".join(["EXACT", hooked, f"masking     {masking}", *table_lines(builder.table)]), flush=True)
+
+    def _refusals(self, trainer: Any, pl_module: Any, data: Any) -> list[str]:
+        if not isinstance(pl_module, GPTModel):
+            return [
+                f"the model is {type(pl_module).__name__}: only nemo.collections.llm's GPTModel and its kin are hooked"
+            ]
+        config, strategy, kind = pl_module.config, trainer.strategy, type(pl_module)
+        own_loss = any(
+            getattr(kind, name) is not getattr(GPTModel, name)
+            for name in ("training_loss_reduction", "validation_loss_reduction", "data_step")
+        )
+        own_step = (config.data_step_fn, config.forward_step_fn) != (gpt_data_step, gpt_forward_step)
+        cp = strategy.context_parallel_size
+        refused = {
+            f"{kind.__name__} has a loss of its own": own_loss,
+            "the model's config has a data_step_fn or forward_step_fn of its own": own_step,
+            "config.mtp_num_layers: multi-token prediction uses the weights of one depth for another. Unset it": getattr(
+                config, "mtp_num_layers", None
+            ),
+            "virtual_pipeline_model_parallel_size: only one model chunk a rank is hooked. Unset it": (
+                strategy.virtual_pipeline_model_parallel_size or 1
+            )
+            > 1,
+            "fsdp: its gradients are reduced in another way, which nobody has compared. Unset it": getattr(
+                strategy, "fsdp", None
+            ),
+            f"context_parallel_size={cp} with eod_mask_loss: each rank would divide by its own count of targets. Set "
+            "calculate_per_token_loss=True in the model's config": cp > 1
+            and data.eod_mask_loss
+            and not config.calculate_per_token_loss,
+            "documents in a sample would see each other, and the weights would not measure what a target sees. Ask for masking with "
+            "PreTrainingDataModule(reset_attention_mask=True) (EXACT does it with an attention of its own), or accept it with "
+            "ExactCallback(allow_unmasked_documents=True)": not data.reset_attention_mask
+            and not self.config.allow_unmasked_documents,
+        }
+        return [reason for reason, wrong in refused.items() if wrong]
+
+    def _mask(self, pl_module: Any, seq_length: int) -> None:
+        """Boundaries go beside the batch, which is cut under context parallelism, and enter the model as attention_mask."""
+        config = pl_module.config
+        pl_module.model_context_managers = [*pl_module.model_context_managers, masking_documents(MaskAttention)]
+
+        def data_step(iterator: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            drawn = next(iterator)
+            batch = dict(drawn[0] if isinstance(drawn, tuple) else drawn)
+            cuts = join_boundaries(batch.pop("cu_seqlens"), seq_length)
+            return {**gpt_data_step(iter([batch]), *args, **kwargs), "exact_documents": torch.tensor(cuts)}
+
+        def forward_step(model: Any, batch: dict[str, Any]) -> Any:
+            batch = dict(batch)
+            batch["attention_mask"] = batch.pop("exact_documents")
+            return gpt_forward_step(model, batch)
+
+        config.data_step_fn, config.forward_step_fn = data_step, forward_step
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.masked:
+            model = pl_module.module
+            while not hasattr(model, "decoder"):
+                model = model.module
+            check_masked(model, trainer.datamodule.seq_length)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        if self.state:
+            for name, value in pl_module._training_loss_reduction.sums.reduced().items():
+                pl_module.log(name, value, rank_zero_only=True, batch_size=1)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.state:
+            for name, value in pl_module._validation_loss_reduction.sums.reduced().items():
+                pl_module.log(f"val {name}", value, rank_zero_only=True, batch_size=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.state:
+            check_resumed(state_dict, self.state, self.config)
