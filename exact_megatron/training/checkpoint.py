@@ -46,6 +46,11 @@ def find_checkpoint(path: str | Path) -> Path:
     return found[-1]
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """The `state` of a checkpoint, see `describe`, without its tensors; needs no process group."""
+    return dist_checkpointing.load_common_state_dict(str(path))["state"]
+
+
 def _model_state(model: list[Any]) -> dict[str, Any]:
     # A copy for each call: megatron.core writes the process group of the moment into it.
     names = ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
@@ -102,6 +107,11 @@ def load(path: Path, model: list[Any], optimizer: Any = None, scheduler: Any = N
         optimizer.load_state_dict(loaded["optimizer"])
         scheduler.load_state_dict(loaded["scheduler"])
     return loaded["state"]
+
+
+def load_weights(path: Path, model: list[Any]) -> None:
+    """Load the weights of a model with these layers, saved from any layout."""
+    load(path, model)
 
 
 # What may be another after a resume: where and how long the run trains, its layout and the optimizer's schedule.
