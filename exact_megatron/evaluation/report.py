@@ -78,7 +78,7 @@ def length_label(length: int | None) -> str:
 def table_rows(summary: dict[str, Any], metric: Metric) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a task or, where there is one task only, a length in each."""
     tasks, lengths, found = grid(summary)
-    if len(tasks) > len(lengths) or len(lengths) == 1:
+    if len(tasks) > 5 or len(lengths) == 1:
         head = ["task", *map(length_label, lengths)]
         rows = [[task, *(number(found.get((task, n)), metric) for n in lengths)] for task in tasks]
     else:

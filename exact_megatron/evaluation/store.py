@@ -124,20 +124,21 @@ class Store:
             os.truncate(path, len(whole))
         self.records = {record["id"]: record for record in _parse(whole, path)}
 
-    def add(self, record: dict[str, Any]) -> None:
-        """Append a record with id, hash, unit and cells; an id is recorded once.
+    def add(self, *records: dict[str, Any]) -> None:
+        """Append records with id, hash, unit and cells, in one write: all or none of them outlive an interruption.
 
         Raises:
             ValueError: a cell's sum is not finite.
         """
-        for task, length, total, _ in record["cells"]:
-            if not np.isfinite(total):
-                raise ValueError(
-                    f"{record['id']} of {self.folder}: {task} at {length} is {total}; nothing was recorded"
-                )
+        for record in records:
+            for task, length, total, _ in record["cells"]:
+                if not np.isfinite(total):
+                    raise ValueError(
+                        f"{record['id']} of {self.folder}: {task} at {length} is {total}; it was not recorded"
+                    )
         with open(self.folder / "items.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-        self.records[record["id"]] = record
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+        self.records |= {record["id"]: record for record in records}
 
     def finish(self, summary: dict[str, Any], **more: Any) -> None:
         """Write results.json with the summary."""
