@@ -45,7 +45,7 @@ SHORT = {
     },
     "winogrande": {
         "validation": [
-            {"sentence": "The cup did not fit into the box because _ was too big.", "option1": "the cup", "option2": "the box", "answer": "1"}
+            {"sentence": "The cup did not fit into the box, _ was too big.", "option1": "the cup", "option2": "the box", "answer": "1"}
         ]
     },
     "piqa": {"validation": [{"goal": "To dry hands,", "sol1": "use a towel", "sol2": "use a lake", "label": 0}]},

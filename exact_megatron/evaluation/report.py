@@ -44,7 +44,7 @@ def summarize(records: Sequence[dict[str, Any]], metric: Metric, trained_length:
     means = {}
     for name, columns in averages(cells, metric, trained_length).items():
         mean = average(cells, columns, metric.pooled)
-        means[name] = estimate(mean(values), mean(samples), int((cells.counts[:, columns] > 0).any(1).sum()))
+        means[name] = estimate(float(mean(values)), mean(samples), int((cells.counts[:, columns] > 0).any(1).sum()))
     return {
         "cells": [{"task": task, "length": length, **e.__dict__} for (task, length), e in zip(cells.names, found)],
         "averages": {name: e.__dict__ for name, e in means.items()},
