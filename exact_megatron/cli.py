@@ -78,6 +78,15 @@ def main(argv: list[str] | None = None) -> int:
     benchmark.add_arguments(add)
     add.set_defaults(run=benchmark.run)
 
+    add = commands.add_parser("evaluate", help="RULER, NoLiMa, a distance probe, loss by context, and short tasks")
+    from .evaluation import command as evaluation
+
+    evaluation.add_arguments(add)
+    add.set_defaults(run=evaluation.run)
+    add = commands.add_parser("evaluate compare", help="two evaluated models on the same items, with intervals")
+    evaluation.add_compare_arguments(add)
+    add.set_defaults(run=evaluation.run_compare)
+
     commands.add_parser(
         "launch",
         help="run a training script of Megatron-LM, unchanged, with EXACT hooked in: launch --help",
@@ -94,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
         from .launch import main as launch
 
         return launch(given[1:])
+    if given[:2] == ["evaluate", "compare"]:  # a parser of its own: `evaluate`'s options are about one model
+        given = ["evaluate compare", *given[2:]]
     args = parser.parse_args(given)
     _quiet_warnings()
     try:

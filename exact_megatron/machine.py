@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,18 @@ import numpy as np
 from . import __version__
 
 
-def machine() -> dict[str, Any]:
-    """Date, hardware and versions."""
+def machine(*others: str) -> dict[str, Any]:
+    """Date, hardware and versions, those of packages `others` too where they are installed."""
     import torch
-    from megatron.core import __version__ as megatron_core
 
     cpu = dict(re.findall(r"^([\w ]+?)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
     name = cpu.get("model name", os.uname().machine)
     if "model" in cpu:  # a virtual machine may hide the product's name
         name += f" (family {cpu['cpu family']}, model {cpu['model']})"
-    packages = {"megatron-core": megatron_core, "torch": torch.__version__, "numpy": np.__version__}
+    packages = {"torch": torch.__version__, "numpy": np.__version__}
+    for package in ("megatron-core", *others):
+        with contextlib.suppress(PackageNotFoundError):
+            packages[package] = version(package)
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "CPU": f"{name}, {len(os.sched_getaffinity(0))} cores",

@@ -123,7 +123,7 @@ def load(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> dict[s
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What was saved beside the tensors: see `describe`."""
+    """The `state` of a checkpoint, see `describe`, without its tensors; needs no process group."""
     return dist_checkpointing.load_common_state_dict(str(path))["state"]
 
 

@@ -143,8 +143,8 @@ def layer_spec(
     )
 
 
-def build_model(run: RunConfig, vocab_size: int, device: torch.device) -> list[DistributedDataParallel]:
-    """The model chunks of this rank (one, or one a virtual pipeline stage), in megatron.core's DDP."""
+def build_chunks(run: RunConfig, vocab_size: int, device: torch.device) -> list[GPTModel]:
+    """The model chunks of this rank: one, or one a virtual pipeline stage."""
     m = run.model
     config = transformer_config(run)
     vpp = m.virtual_pipeline_model_parallel_size
@@ -175,6 +175,13 @@ def build_model(run: RunConfig, vocab_size: int, device: torch.device) -> list[D
         if config.bf16:
             model = model.bfloat16()
         chunks.append(model)
+    return chunks
+
+
+def build_model(run: RunConfig, vocab_size: int, device: torch.device) -> list[DistributedDataParallel]:
+    """The model chunks of this rank in megatron.core's DDP."""
+    m = run.model
+    chunks = build_chunks(run, vocab_size, device)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=m.optim.overlap_grad_sync,
@@ -182,7 +189,7 @@ def build_model(run: RunConfig, vocab_size: int, device: torch.device) -> list[D
         use_distributed_optimizer=m.optim.distributed,
         bucket_size=m.optim.bucket_cap_mb * 2**20 // 4 if m.optim.bucket_cap_mb else None,
     )
-    return [DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+    return [DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
 
 
 def build_optimizer(run: RunConfig, model: list[DistributedDataParallel]) -> tuple[Any, OptimizerParamScheduler]:

@@ -1,0 +1,128 @@
+"""Means of cells (task, length) over items, and bootstrap intervals of them, of averages and of differences. numpy only.
+
+A record gives its contribution to one or more cells as [task, length, sum, count]; a cell's value is the ratio of the two
+sums over all records. Resampled are units: what was drawn independently (an item, a document, a needle), with everything
+that was measured on it, so that an interval does not take 26 depths of one needle for 26 needles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 2000
+LEVEL = 95  # per cent
+MIN_UNITS = 10  # below, percentiles of resampled means say little: no interval is given
+
+Cell = tuple[str, int | None]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Contributions of units to cells.
+
+    Attributes:
+        names: C cells (task, length), in order of first appearance.
+        sums, counts: float64[U, C].
+        strata: int64[U]; units are resampled inside their stratum.
+    """
+
+    names: list[Cell]
+    sums: np.ndarray
+    counts: np.ndarray
+    strata: np.ndarray
+
+    @property
+    def values(self) -> np.ndarray:
+        """float64[C], NaN where a cell has no count."""
+        return _ratio(self.sums.sum(0), self.counts.sum(0))
+
+    @property
+    def units(self) -> np.ndarray:
+        """int64[C], units with a count in each cell."""
+        return (self.counts > 0).sum(0)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval; `low` and `high` are None with fewer than MIN_UNITS units."""
+
+    value: float
+    low: float | None
+    high: float | None
+    units: int
+
+    @property
+    def differs(self) -> bool:
+        """Whether the interval of a difference leaves out zero."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+
+def collect(records: Sequence[dict[str, Any]]) -> Cells:
+    """Sum records with `cells`, `unit` and (optional) `stratum` into Cells."""
+    names: dict[Cell, int] = {}
+    units: dict[tuple[str, str], int] = {}
+    strata: dict[str, int] = {}
+    for record in records:
+        units.setdefault((record.get("stratum", ""), record["unit"]), len(units))
+        strata.setdefault(record.get("stratum", ""), len(strata))
+        for task, length, _, _ in record["cells"]:
+            names.setdefault((task, length), len(names))
+    sums, counts = np.zeros((len(units), len(names))), np.zeros((len(units), len(names)))
+    for record in records:
+        row = units[(record.get("stratum", ""), record["unit"])]
+        for task, length, total, count in record["cells"]:
+            column = names[(task, length)]
+            sums[row, column] += total
+            counts[row, column] += count
+    return Cells(list(names), sums, counts, np.array([strata[s] for s, _ in units], np.int64))
+
+
+def resample(parts: Sequence[Cells], seed: int = 0, resamples: int = RESAMPLES) -> list[np.ndarray]:
+    """Values of each of `parts` float64[resamples, C] under the same draws of units: paired where there are two.
+
+    Args:
+        parts: Cells with the same units, strata and names.
+    """
+    rng = np.random.default_rng(seed)
+    first = parts[0]
+    totals = [np.zeros((2, resamples, len(first.names))) for _ in parts]
+    for stratum in np.unique(first.strata):
+        rows = np.flatnonzero(first.strata == stratum)
+        columns = np.flatnonzero(first.counts[rows].any(0))
+        for start in range(0, resamples, 100):
+            stop = min(start + 100, resamples)
+            weights = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), stop - start).astype(float)
+            for part, total in zip(parts, totals):
+                for kind, matrix in enumerate((part.sums, part.counts)):
+                    total[kind, start:stop, columns] += (weights @ matrix[np.ix_(rows, columns)]).T
+    return [_ratio(total[0], total[1]) for total in totals]
+
+
+def average(cells: Cells, columns: Sequence[int], pooled: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """Function from values [..., C] to their average [...] over `columns`: the plain mean of cells, or, `pooled`, weighted by
+    how much each cell holds in the whole sample."""
+    weights = cells.counts.sum(0)[list(columns)] if pooled else np.ones(len(columns))
+
+    def of(values: np.ndarray) -> np.ndarray:
+        chosen = values[..., list(columns)]
+        there = ~np.isnan(chosen)
+        return _ratio((np.where(there, chosen, 0) * weights).sum(-1), (there * weights).sum(-1))
+
+    return of
+
+
+def estimate(value: float, resampled: np.ndarray, units: int) -> Estimate:
+    """`value` with the percentile interval of `resampled` float64[resamples]."""
+    seen = resampled[~np.isnan(resampled)]
+    if units < MIN_UNITS or not len(seen):
+        return Estimate(float(value), None, None, int(units))
+    low, high = np.percentile(seen, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    return Estimate(float(value), float(low), float(high), int(units))
+
+
+def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return np.divide(sums, counts, out=np.full(np.shape(sums), np.nan), where=np.asarray(counts) > 0)
