@@ -98,11 +98,14 @@ def run(args: argparse.Namespace) -> int:
     command = ["exact-megatron", "benchmark", args.benchmark]
     names = (
         "documents seq_length batch heads kv_heads head_dim tp cp repeats samples dtype prefix kernel only config steps "
-        "geometry windows precisions layers step_tokens micro_tokens blocks block_steps cell_seconds peak cells until"
+        "geometry windows precisions layers step_tokens micro_tokens blocks block_steps cell_seconds peak cells until profile"
     )
     for name in names.split():
         value = getattr(args, name, None)
         option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            command += [option] * value
+            continue
         if isinstance(value, int) and value < 1:
             raise ValueError(f"{option} {value} must be at least 1")
         command += [option, str(value)] if value is not None else []

@@ -140,7 +140,9 @@ def measure(args: argparse.Namespace) -> tuple[str, list[Row]]:
 
 def group(kernel: str) -> str:
     """Which part of a step a kernel belongs to, by its name."""
-    return next((name for name, pattern in GROUPS.items() if re.search(pattern, kernel, re.IGNORECASE)), "elementwise and other")
+    return next(
+        (name for name, pattern in GROUPS.items() if re.search(pattern, kernel, re.IGNORECASE)), "elementwise and other"
+    )
 
 
 def kernel_table(step: Callable[[], Any], device: Any, steps: int = 2) -> dict[str, Any]:
@@ -164,7 +166,7 @@ def kernel_table(step: Callable[[], Any], device: Any, steps: int = 2) -> dict[s
             torch.cuda.synchronize()
     wall = time.perf_counter() - started
     events = prof.key_averages()
-    times = {}
+    times: dict[str, tuple[float, int]] = {}
     for event in events:
         # On a GPU the kernels' own rows: operators carry the same time once more.
         if cuda and event.device_type == torch.autograd.DeviceType.CPU:

@@ -29,7 +29,7 @@ ARMS = ("exact", "baseline", "causal")
 PRECISIONS = ("fp32", "bf16", "delayed", "tensorwise", "blockwise")
 SPEED_BAR, MEMORY_BAR = 0.995, 1.01
 WARMUP_BLOCKS = 2  # uncounted, of each arm
-TRIALS = {"layers": (1, 2), "blocks": 1}  # measured to find how many layers fit
+TRIALS = (1, 2)  # layers, measured to find how many fit
 SPARE = 0.92  # of the device's memory may be filled: fragments and what is allocated outside torch take the rest
 GIB = 2**30
 
@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--geometry", default="tiny", help=f"comma-separated: {', '.join(GEOMETRIES)}")
     add("--windows", default="4096,8192,16384,32768", help="comma-separated, in tokens")
-    add("--precisions", help=f"comma-separated: {', '.join(PRECISIONS)} (the last three are FP8); default: bf16, fp32 on a CPU")
+    add(
+        "--precisions",
+        help=f"comma-separated: {', '.join(PRECISIONS)} (the last three are FP8); default: bf16, fp32 on a CPU",
+    )
     add("--layers", type=int, help="default: the geometry's, or as many as fit into the GPU's memory")
     add("--prefix", help="take the documents' lengths from PREFIX.idx; default: log-normal ones")
     add("--step-tokens", type=int, default=32768, help="of an optimizer step, at least a window")
@@ -46,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--blocks", type=int, default=12, help="counted blocks of each arm, at most")
     add("--block-steps", type=int, default=2, help="optimizer steps of a block")
     add("--cell-seconds", type=int, default=40, help="fewer blocks (4 at least) where they would take longer")
-    add("--peak", type=float, help="TFLOP/s that MFU is a share of; default: a bf16 product measured before the first cell")
+    add(
+        "--peak",
+        type=float,
+        help="TFLOP/s that MFU is a share of; default: a bf16 product measured before the first cell",
+    )
     add("--cells", metavar="FILE", help="append a JSON line a cell; cells that are in it are not measured again")
     add("--until", type=int, metavar="SECONDS", help="start no cell after so many seconds from the start")
     add("--profile", action="store_true", help="also a table of the kernels of a step, and the loss end alone")
@@ -78,7 +85,10 @@ class Cell:
             "exp_manager.create_tensorboard_logger=false",
         ]  # fmt: skip
         if fp8:  # blockwise is E4M3 both ways in Transformer Engine's own default
-            made += [f"model.fp8_recipe={self.precision}", f"model.fp8_hybrid={str(self.precision != 'blockwise').lower()}"]
+            made += [
+                f"model.fp8_recipe={self.precision}",
+                f"model.fp8_hybrid={str(self.precision != 'blockwise').lower()}",
+            ]
         forced = [f"model.data.index_mapping_dir={folder}/cache", f"exp_manager.exp_dir={folder}/run"]
         return [*made, *args.overrides, *STEP_FORCED, *forced, f"trainer.max_steps={steps}"]
 
@@ -90,7 +100,10 @@ def read_cells(args: argparse.Namespace, on_gpu: bool) -> list[Cell]:
         ValueError: an unknown geometry or precision, or a window that is not a number of tokens.
     """
     precisions = (args.precisions or ("bf16" if on_gpu else "fp32")).split(",")
-    for option, given, known in (("geometry", args.geometry.split(","), GEOMETRIES), ("precisions", precisions, PRECISIONS)):
+    for option, given, known in (
+        ("geometry", args.geometry.split(","), GEOMETRIES),
+        ("precisions", precisions, PRECISIONS),
+    ):
         for name in given:
             if name not in known:
                 raise ValueError(f"--{option} {name} is not one of {', '.join(known)}")
@@ -98,6 +111,10 @@ def read_cells(args: argparse.Namespace, on_gpu: bool) -> list[Cell]:
         raise ValueError(f"--windows {args.windows}: give numbers of tokens from 16 on, like 4096,8192")
     windows = [int(word) for word in args.windows.split(",")]
     return [Cell(g, w, p) for g in args.geometry.split(",") for w in windows for p in precisions]
+
+
+def documents_of(args: argparse.Namespace) -> str:
+    return f"lengths of {Path(args.prefix).name}.idx" if args.prefix else "log-normal lengths"
 
 
 class Bench:
@@ -115,7 +132,9 @@ class Bench:
         run = load_config(None, cell.settings(args, layers, folder, steps))
         Path(folder).mkdir(parents=True)
         lengths = read_index(args.prefix).lengths if args.prefix else None
-        self.lengths = write_corpus(f"{folder}/corpus", steps * run.tokens_per_step + 1, run.model.override_vocab_size, lengths)
+        self.lengths = write_corpus(
+            f"{folder}/corpus", steps * run.tokens_per_step + 1, GEOMETRIES[cell.geometry].vocabulary, lengths
+        )
         self.run, self.layers, self.block_steps = run, layers, args.block_steps
         self.trainer = trainer = Trainer(run, progress=False)
         self.cuda = trainer.device.type == "cuda"
@@ -157,6 +176,13 @@ class Bench:
 
         from .training.trainer import shutdown
 
+        if self.run.model.fp8:  # what delayed scaling keeps of this model's layers
+            from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+            from .attention import _te_module
+
+            _te_module.cache_clear()
+            FP8GlobalStateManager.reset()
         del self.trainer, self.arms, self.hooked, self.loader
         shutdown()
         gc.collect()
@@ -169,8 +195,8 @@ def layers_that_fit(cell: Cell, args: argparse.Namespace, folder: str) -> int:
     import torch
 
     peaks = []
-    for layers in TRIALS["layers"]:
-        bench = Bench(cell, args, layers, f"{folder}/{layers}", TRIALS["blocks"])
+    for layers in TRIALS:
+        bench = Bench(cell, args, layers, f"{folder}/{layers}", 1)
         for arm in bench.arms.values():
             arm(0)
         peaks.append(max(bench.peaks.values()))
@@ -203,7 +229,7 @@ def measure_cell(cell: Cell, args: argparse.Namespace, layers: int, peak: float 
         "parameters": sum(p.numel() for chunk in bench.trainer.model for p in chunk.parameters()),
         "step tokens": tokens, "micro-batch": run.model.micro_batch_size, "blocks": rounds, "block steps": args.block_steps,
         "pieces": {"median": float(np.median(pieces)), "mean": float(pieces.mean()), "largest": int(pieces.max())},
-        "documents": f"lengths of {Path(args.prefix).name}.idx" if args.prefix else "log-normal lengths",
+        "documents": documents_of(args),
         "attention share of FLOPs": {n: 1 - geometry.step_flops(layers, tokens, 0) / flops[n] for n in ("exact", "causal")},
         "peak TFLOP/s": peak, "overrides": args.overrides, "arms": {}, **machine(),
     }  # fmt: skip
@@ -214,17 +240,20 @@ def measure_cell(cell: Cell, args: argparse.Namespace, layers: int, peak: float 
             "step s": step, "tokens/s": tokens / step, "TFLOP/s": rate, "MFU": rate / peak if peak else None,
             "peak GiB": bench.peaks[name] / GIB if bench.cuda else None, "block s": seconds[name].tolist(),
         }  # fmt: skip
-    for name, own, reference in (("EXACT against baseline", "exact", "baseline"), ("masked against causal", "baseline", "causal")):
+    for name, own, reference in (
+        ("EXACT against baseline", "exact", "baseline"),
+        ("masked against causal", "baseline", "causal"),
+    ):
         ratios = seconds[reference] / seconds[own]
         result[name] = {"ratio": float(np.median(ratios)), "interval": interval(ratios)}
     if args.profile:
         from .device_profile import kernel_table, loss_end
 
-        def step() -> None:
+        def profiled() -> None:
             bench.trainer.loss_func, run.model.data.document_masking = bench.hooked, True
             bench.trainer.train_step(bench.loader)
 
-        result["profile"] = kernel_table(step, bench.trainer.device)
+        result["profile"] = kernel_table(profiled, bench.trainer.device)
         end = loss_end(bench.trainer)
         micro_batches = run.num_microbatches
         result["loss end"] = end | {"share of the step": end["s"] * micro_batches / result["arms"]["exact"]["step s"]}
@@ -248,7 +277,9 @@ def rows_of(cells: list[dict[str, Any]]) -> list[Row]:
             if bar and arms[own]["peak GiB"] is not None:
                 memory = arms[own]["peak GiB"], arms[reference]["peak GiB"]
                 ratio = memory[0] / memory[1]
-                rows.append(Row(f"{cell}: memory", *memory, "GiB", ratio, f"ratio <= {MEMORY_BAR}", ratio <= MEMORY_BAR))
+                rows.append(
+                    Row(f"{cell}: memory", *memory, "GiB", ratio, f"ratio <= {MEMORY_BAR}", ratio <= MEMORY_BAR)
+                )
         for other in cells:
             same = all(other[key] == found[key] for key in ("geometry", "window", "layers"))
             if found["precision"] not in ("bf16", "fp32") and other["precision"] == "bf16" and same:
@@ -272,7 +303,7 @@ def measure(args: argparse.Namespace) -> tuple[str, list[Row]]:
     written = Path(args.cells).read_text().splitlines() if args.cells and Path(args.cells).exists() else []
     device = torch.cuda.get_device_name(0) if on_gpu else "none"
     found = {(c["geometry"], c["window"], c["precision"]): c for c in map(json.loads, written)
-             if (c["GPU"], c["overrides"]) == (device, args.overrides)}  # fmt: skip
+             if (c["GPU"], c["overrides"], c["documents"]) == (device, args.overrides, documents_of(args))}  # fmt: skip
     be_single_rank()
     peak = args.peak or (product("bf16", 8192, 8192, 8192)["TFLOP/s"] if on_gpu else None)
     layers: dict[tuple[str, int], int] = {}

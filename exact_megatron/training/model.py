@@ -114,7 +114,8 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         persist_layer_norm=gpu,
         bias_activation_fusion=gpu,
         bias_dropout_fusion=gpu,
-        apply_rope_fusion=False,
+        apply_rope_fusion=m.apply_rope_fusion,
+        cross_entropy_loss_fusion=m.cross_entropy_loss_fusion,
         **fp8,
     )
     if m.data.document_masking:

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from small import PRECISIONS  # noqa: E402
+from small import PRECISIONS
 
 
 def pytest_collection_modifyitems(items):
@@ -25,9 +25,12 @@ def pytest_collection_modifyitems(items):
 
 def pytest_generate_tests(metafunc):
     """`precision`: fp32 on the CPU always, and on a GPU what Transformer Engine is for."""
-    if "precision" in metafunc.fixturenames:
+    given = [mark for mark in metafunc.definition.iter_markers("parametrize") if mark.args[0] == "precision"]
+    if "precision" in metafunc.fixturenames and not given:
+        quick = metafunc.module.__name__ != "test_training"
+        cpu = pytest.param("fp32", marks=() if quick else pytest.mark.slow)
         others = [pytest.param(name, marks=pytest.mark.gpu) for name in PRECISIONS[1:]]
-        metafunc.parametrize("precision", ["fp32", *others], scope="module")
+        metafunc.parametrize("precision", [cpu, *others], scope="module")
 
 
 @pytest.fixture

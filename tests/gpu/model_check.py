@@ -70,7 +70,9 @@ def losses_and_gradients(model: Any, batch: Any, way: str, weight: torch.Tensor)
         part = slice(start, start + sum(lengths))
         start = part.stop
         ids, targets = tokens[None, part], labels[None, part]
-        restart = way == "alone" or (way == "stock" and DEVICE.type == "cuda")  # RoPE is relative: the same but for rounding
+        restart = way == "alone" or (
+            way == "stock" and DEVICE.type == "cuda"
+        )  # RoPE is relative: the same but for rounding
         sizes = lengths if restart else (sum(lengths),)
         positions = torch.cat([torch.arange(n, device=DEVICE) for n in sizes])[None]
         if way == "stock" and DEVICE.type == "cpu":
@@ -91,7 +93,12 @@ def check(precision: str) -> dict[str, Any]:
     from exact_megatron.training.config import load_config
 
     assert sum(LENGTHS) == SEQ_LENGTH
-    settings = [*MODEL, *precision_settings(precision), f"model.data.seq_length={SEQ_LENGTH}", "model.data.data_prefix=[none]"]
+    settings = [
+        *MODEL,
+        *precision_settings(precision),
+        f"model.data.seq_length={SEQ_LENGTH}",
+        "model.data.data_prefix=[none]",
+    ]
     run = load_config(None, settings)
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     generator = torch.Generator().manual_seed(7)

@@ -28,17 +28,17 @@ def errors(kernel, lengths, shape, device, dtype):
     heads, kv_heads, channels = shape
     total = sum(lengths)
     torch.manual_seed(total + heads)
-    inputs = [torch.randn(total, n, channels, device=device).to(dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)]
+    inputs = [
+        torch.randn(total, n, channels, device=device).to(dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)
+    ]
     exact = [t.detach().float().requires_grad_() for t in inputs]
     out = torch.cat(attention._KERNELS[kernel](*inputs, lengths, lengths, None))
     reference = one_at_a_time(*exact, lengths)
     gradient = torch.randn_like(reference)
     out.backward(gradient.to(dtype))
     reference.backward(gradient)
-    pairs = [(out, reference), *((a.grad, b.grad) for a, b in zip(inputs, exact))]
-    return {
-        name: float((a.float() - b).norm() / b.norm()) for name, (a, b) in zip(("out", "dq", "dk", "dv"), pairs)
-    }
+    pairs = [(out.detach(), reference.detach()), *((a.grad, b.grad) for a, b in zip(inputs, exact))]
+    return {name: float((a.float() - b).norm() / b.norm()) for name, (a, b) in zip(("out", "dq", "dk", "dv"), pairs)}
 
 
 def test_reference_on_a_cpu():

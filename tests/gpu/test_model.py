@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -12,20 +13,23 @@ from small import PRECISIONS
 
 # Mean relative difference of the losses, relative error of the whole gradient. fp32: rounding. bf16: 8 bits of mantissa through
 # two layers. FP8: 3 (2 in gradients), and scales over a whole batch differ from those over one document.
-BOUNDS = {"fp32": (1e-5, 1e-4), "bf16": (2e-3, 3e-2), **dict.fromkeys(("delayed", "tensorwise", "blockwise"), (1e-2, 0.15))}
+BOUNDS = {
+    "fp32": (1e-5, 1e-4),
+    "bf16": (2e-3, 3e-2),
+    **dict.fromkeys(("delayed", "tensorwise", "blockwise"), (1e-2, 0.15)),
+}
 
 
 @cache
 def checked(*precisions):
     """One process for all precisions of a device: its imports take longer than the check."""
-    where = Path(os.environ.get("PYTEST_TMP", "/tmp"), f"model_check_{os.getpid()}_{precisions[0]}.json")
     script = Path(__file__).with_name("model_check.py")
     env = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, script, where, *precisions], capture_output=True, text=True, timeout=300, env=env)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    found = json.loads(where.read_text())
-    where.unlink()
-    return found
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, script, f"{folder}/found.json", *precisions]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        return json.loads(Path(folder, "found.json").read_text())
 
 
 @pytest.mark.parametrize("way", ["alone", "stock"])
