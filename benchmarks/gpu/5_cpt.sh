@@ -40,6 +40,7 @@ else
   suites=(${SUITES:-distance-probe context-loss})
 fi
 until=$(($(left) - 70))  # a stopped run has 60 s for its checkpoint
+[ "$until" -gt 20 ] || { say "no time is left for a run: call again"; exit 3; }
 run "$(left)" "$PYTHON" benchmarks/gpu/cpt.py --base "$base" --config "$config" --data "$load/corpus" --folder "$runs" "${plan[@]}" \
   --arms ${ARMS:-baseline exact} --seeds ${SEEDS:-1234} --suites "${suites[@]}" --settings "${settings[@]}" --until "$until"
 code=$?

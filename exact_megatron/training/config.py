@@ -133,6 +133,7 @@ class ModelConfig:
     deterministic_mode: bool = False
     apply_rope_fusion: bool = False  # Transformer Engine's kernel
     cross_entropy_loss_fusion: bool = False  # megatron.core's own, compiled by torch
+    loss_chunk_tokens: int = 0  # positions whose logits exist at once, for long windows; 0: all
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     exact: ExactConfig = field(default_factory=ExactConfig)
@@ -323,6 +324,10 @@ def check(config: RunConfig) -> None:
         refuse(
             f"model.cp_comm_type=a2a shares heads among context-parallel ranks, and the {kv_heads} KV heads of a tensor-parallel rank do "
             f"not divide by model.context_parallel_size={cp}: use all_gather, or leave it out"
+        )
+    if m.loss_chunk_tokens < 0 or (m.loss_chunk_tokens and m.sequence_parallel and tp > 1):
+        refuse(
+            f"model.loss_chunk_tokens={m.loss_chunk_tokens} must be 0 or a number of positions, and needs model.sequence_parallel=false"
         )
     if m.attention_dropout:
         refuse(f"model.attention_dropout={m.attention_dropout}: the attention over documents has none, set it to 0.0")

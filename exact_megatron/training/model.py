@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..attention import DocumentAttention, check_supported
+from .chunked_loss import chunk_loss
 from .config import RunConfig
 from .torch_adam import restore_torch_adam_steps
 
@@ -177,6 +178,9 @@ def build_model(run: RunConfig, vocab_size: int, device: torch.device) -> list[D
         if config.bf16:
             model = model.bfloat16()
         chunks.append(model)
+    for model in chunks:
+        if m.loss_chunk_tokens and model.post_process:
+            chunk_loss(model, m.loss_chunk_tokens)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=m.optim.overlap_grad_sync,
