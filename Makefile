@@ -10,7 +10,7 @@ export TORCH_COMPILE_DISABLE := 1
 export CUDA_DEVICE_MAX_CONNECTIONS := 1
 export MPLBACKEND := Agg
 
-.PHONY: demo setup test test-mcore-0.19 test-upstream lint clean
+.PHONY: demo setup test test-mcore-0.19 test-upstream gpu-dry-run lint clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,9 @@ test-mcore-0.19: $(VENV19)/.installed  ## the same tests on megatron-core 0.19.2
 test-upstream: $(VENV)/.installed $(VENV19)/.installed  ## the real pretrain_gpt.py: make test-upstream MEGATRON_LM=/path/to/clone
 	MEGATRON_LM=$(MEGATRON_LM) $(VENV)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
 	MEGATRON_LM=$(MEGATRON_LM) $(VENV19)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
+
+gpu-dry-run: setup  ## the scripts of a GPU session with tiny sizes on a CPU, a few minutes
+	$(VENV)/bin/python -m pytest -q -m slow tests/test_gpu_scripts.py tests/gpu
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -24,11 +24,11 @@ E4M3_MAX = 448.0
 # Kernel names as they come from cuBLAS (nvjet, gemm), cuDNN, Transformer Engine, Triton and torch; the first that matches.
 GROUPS = {
     "attention": r"fmha|flash|sdpa|attention|_softmax_",
+    "optimizer and gradient norm": r"adam|multi_tensor|foreach",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|aten::(mm|addmm|bmm|linear|matmul)\b",
     "FP8 casts and scales": r"quantize|cast|amax|transpose|fp8|block_scal|dequant",
     "norms": r"norm",
     "RoPE": r"rope|rotary",
-    "optimizer": r"adam|multi_tensor|foreach",
     "copies": r"memcpy|memset|copy_",
     "softmax and cross entropy": r"cross_entropy|softmax|exp|logits",
     "communication": r"nccl|gloo|all_reduce|allreduce",

@@ -155,7 +155,8 @@ def test_ceiling(monkeypatch):
     ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_7_64x128x128", "attention"),
     ("void transformer_engine::normalization::rmsnorm_fwd_tuned_kernel", "norms"),
     ("transformer_engine::detail::cast_transpose_fused_kernel", "FP8 casts and scales"),
-    ("multi_tensor_apply_kernel<AdamFunctorMaster>", "optimizer"),
+    ("multi_tensor_apply_kernel<AdamFunctorMaster>", "optimizer and gradient norm"),
+    ("multi_tensor_apply_kernel<L2NormFunctor<float> >", "optimizer and gradient norm"),
     ("Memcpy DtoD (Device -> Device)", "copies"),
     ("triton_poi_fused_mul_silu_0", "elementwise and other"),
 ])  # fmt: skip
