@@ -162,6 +162,12 @@ def test_plan_of_the_pairs():
     suite = tasks[8]
     assert suite.command[3:6] == ["evaluate", "runs/seed1/baseline/16384", "--suite"]
     assert suite.done == Path("runs/evaluation/seed1/baseline/distance-probe/results.json")
+    ruler = cpt.plan(
+        cpt.parse([*PLAN, "--seeds", "1", "--suites", "ruler", "--evaluate", "lengths=8192,16384", "limit=5"])
+    )[4:]
+    assert [task.command[3] for task in ruler] == ["convert", "convert", "evaluate", "evaluate", "evaluate"]
+    assert ruler[2].command[4] == ruler[0].command[-1] == "runs/hf/seed1/baseline"
+    assert ruler[2].command[-5:] == ["--lengths", "8192", "16384", "--limit", "5"]
     knob = cpt.plan(cpt.parse([*PLAN, "--arms", "baseline", "more:alpha=0.5,gamma=1", "--suites"]))
     assert {"model.exact.enabled=true", "model.exact.alpha=0.5", "model.exact.gamma=1"} < set(knob[1].command) and len(
         knob
