@@ -15,7 +15,7 @@ export TORCH_COMPILE_DISABLE := 1
 export CUDA_DEVICE_MAX_CONNECTIONS := 1
 export MPLBACKEND := Agg
 
-.PHONY: demo setup test test-mcore-0.19 test-upstream test-bridge test-bridge-0.6 test-nemo test-slurm test-eval walkthrough lint clean
+.PHONY: demo setup test test-mcore-0.19 test-upstream test-bridge test-bridge-0.6 test-nemo test-slurm test-eval walkthrough gpu-dry-run lint clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -100,6 +100,9 @@ $(VENV_EVAL)/.installed: setup.py constraints.txt
 
 test-eval: $(VENV_EVAL)/.installed  ## every suite of `evaluate` on SmolLM2-135M (a download of 93 MB), minutes
 	$(VENV_EVAL)/bin/python -m pytest -q -m "slow or not slow" --durations=10 tests/test_evaluation.py tests/test_evaluation_models.py
+
+gpu-dry-run: setup  ## the scripts of a GPU session with tiny sizes on a CPU, a few minutes
+	$(VENV)/bin/python -m pytest -q -m slow tests/test_gpu_scripts.py tests/gpu
 
 lint: setup
 	$(VENV)/bin/ruff check .

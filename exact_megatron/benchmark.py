@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.hidden_size=256")
     add.set_defaults(measure=measure_step)
 
-    from . import attention_benchmark, qk_timing_benchmark
+    from . import attention_benchmark, device_profile, qk_timing_benchmark, throughput_benchmark
 
     add = commands.add_parser("attention", help="the ways through context parallelism: cost model, emulated ranks")
     attention_benchmark.add_arguments(add)
@@ -85,6 +85,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = commands.add_parser("qk-timing", help="a training step during and after model.qk_timing against one without")
     qk_timing_benchmark.add_arguments(add)
     add.set_defaults(measure=qk_timing_benchmark.measure)
+
+    add = commands.add_parser("throughput", help="LLaMA geometries with and without EXACT: speed, MFU, peak memory")
+    throughput_benchmark.add_arguments(add)
+    add.set_defaults(measure=throughput_benchmark.measure)
+
+    add = commands.add_parser("ceiling", help="the matrix products and the copy that this device manages at best")
+    device_profile.add_arguments(add)
+    add.set_defaults(measure=device_profile.measure)
     for add in commands.choices.values():
         add.add_argument("--json", metavar="FILE", help="write the results as JSON too")
 
@@ -93,11 +101,15 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print and write; 1 when a bar is missed."""
     command = ["exact-megatron", "benchmark", args.benchmark]
     names = (
-        "documents seq_length batch heads kv_heads head_dim tp cp repeats samples dtype prefix kernel only config steps"
+        "documents seq_length batch heads kv_heads head_dim tp cp repeats samples dtype prefix kernel only config steps "
+        "geometry windows precisions layers step_tokens micro_tokens blocks block_steps cell_seconds peak cells until profile"
     )
     for name in names.split():
         value = getattr(args, name, None)
         option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            command += [option] * value
+            continue
         if isinstance(value, int) and value < 1:
             raise ValueError(f"{option} {value} must be at least 1")
         command += [option, str(value)] if value is not None else []
@@ -144,20 +156,28 @@ def document_lengths(documents: int) -> np.ndarray:
     return np.clip(drawn, *CLIP, out=drawn).astype(np.int32)
 
 
-def write_corpus(prefix: str, tokens: int) -> int:
-    """Write at least `tokens` random tokens as .bin, .idx and .json, EOD (0) last; returns the documents."""
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+def write_corpus(
+    prefix: str, tokens: int, vocabulary: int = VOCABULARY, lengths: np.ndarray | None = None
+) -> np.ndarray:
+    """Write at least `tokens` random tokens as .bin, .idx and .json, EOD (0) last; returns the documents' lengths.
 
-    lengths = document_lengths(tokens // CLIP[0] + 1)
+    Args:
+        lengths: tokens per document to take from the start, again and again; None draws `document_lengths`.
+    """
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    if lengths is None:
+        lengths = document_lengths(tokens // CLIP[0] + 1)
+    lengths = np.tile(lengths, -(-tokens // int(lengths.sum(dtype=np.int64))))
     lengths = lengths[: int(np.searchsorted(lengths.cumsum(dtype=np.int64), tokens)) + 1]
     rng = np.random.default_rng(SEED)
-    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=DType.optimal_dtype(vocabulary))
     for n in lengths.tolist():
-        builder.add_document(torch.from_numpy(np.append(rng.integers(1, VOCABULARY, n - 1), 0)), [n])
+        builder.add_document(torch.from_numpy(np.append(rng.integers(1, vocabulary, n - 1), 0)), [n])
     builder.finalize(prefix + ".idx")
-    Path(prefix + ".json").write_text(json.dumps({"vocab_size": VOCABULARY, "eod_id": 0}))
-    return len(lengths)
+    Path(prefix + ".json").write_text(json.dumps({"vocab_size": vocabulary, "eod_id": 0}))
+    return lengths
 
 
 def _corpus(documents: int, seq_length: int) -> str:
@@ -222,7 +242,7 @@ def measure_getitem(args: argparse.Namespace) -> tuple[str, list[Row]]:
 
     few = min(3, args.samples)
     with tempfile.TemporaryDirectory() as folder:
-        documents = write_corpus(f"{folder}/corpus", args.samples * args.seq_length + 1)
+        documents = len(write_corpus(f"{folder}/corpus", args.samples * args.seq_length + 1))
         settings = load_config(None, [
             f"model.data.data_prefix=[{folder}/corpus]", "model.data.splits_string=1",
             f"model.data.index_mapping_dir={folder}/cache", f"model.data.seq_length={args.seq_length}",
@@ -291,10 +311,9 @@ def describe_steps(settings: Any, trainer: Any, steps: int) -> str:
     )
 
 
-def median_of_pairs(pairs: np.ndarray) -> tuple[float, tuple[float, ...]]:
+def median_of_pairs(pairs: np.ndarray) -> tuple[float, tuple[float, float]]:
     """Median and its 95 % interval."""
-    drawn = np.random.default_rng(SEED).integers(0, len(pairs), (4000, len(pairs)))
-    return float(np.median(pairs)), tuple(np.quantile(np.median(pairs[drawn], axis=1), [0.025, 0.975]).tolist())
+    return float(np.median(pairs)), interval(pairs)
 
 
 def measure_step(args: argparse.Namespace) -> tuple[str, list[Row]]:
@@ -315,7 +334,7 @@ def measure_step(args: argparse.Namespace) -> tuple[str, list[Row]]:
 
         arms = {
             "exact": arm(trainer.train_data, trainer.loss_func),
-            "baseline": arm(_unweighted(trainer.train_data), gpt_loss),
+            "baseline": arm(twin(trainer.train_data, weight_table=None), gpt_loss),
         }
         interleaved(arms, WARMUP)
         seconds = interleaved(arms, args.steps)
@@ -326,13 +345,20 @@ def measure_step(args: argparse.Namespace) -> tuple[str, list[Row]]:
     return setup, [row]
 
 
-def _unweighted(dataset: Any) -> Any:
-    """The same samples without weights, as with model.exact.enabled=false."""
-    twin = copy.copy(dataset)
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the median, by bootstrap."""
+    drawn = np.random.default_rng(SEED).integers(0, len(values), (4000, len(values)))
+    low, high = np.quantile(np.median(values[drawn], axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def twin(dataset: Any, **changes: Any) -> Any:
+    """The same samples from a copy with other attributes: weight_table=None as with model.exact.enabled=false."""
+    copied = copy.copy(dataset)
     if hasattr(dataset, "datasets"):  # a blend
-        twin.datasets = [_unweighted(member) for member in dataset.datasets]
-    twin.weight_table = None
-    return twin
+        copied.datasets = [twin(member, **changes) for member in dataset.datasets]
+    vars(copied).update(changes)
+    return copied
 
 
 def print_result(result: dict[str, Any], rows: Sequence[Row]) -> None:

@@ -103,12 +103,16 @@ def test_arms_take_turns():
 def test_corpus_holds_what_was_asked_for(tmp_path):
     from exact_megatron.packing import read_index
 
-    documents = benchmark.write_corpus(str(tmp_path / "x"), 5000)
+    written = benchmark.write_corpus(str(tmp_path / "x"), 5000)
+    documents = len(written)
     lengths = read_index(str(tmp_path / "x")).lengths
     tokens = np.fromfile(tmp_path / "x.bin", np.uint16)
     assert len(lengths) == documents and lengths[:-1].sum() < 5000 <= lengths.sum()
     np.testing.assert_array_equal(np.flatnonzero(tokens == 0), np.cumsum(lengths) - 1)
     np.testing.assert_array_equal(lengths, benchmark.document_lengths(5000 // 8 + 1)[:documents])
+    np.testing.assert_array_equal(lengths, written)
+    given = benchmark.write_corpus(str(tmp_path / "y"), 1000, 128256, np.array([70, 30, 200]))
+    assert given.tolist() == [70, 30, 200] * 3 + [70, 30] and np.fromfile(tmp_path / "y.bin", np.int32).max() > 65535
 
 
 def test_unweighted_twin_leaves_the_weighted_data_alone():
@@ -121,6 +125,6 @@ def test_unweighted_twin_leaves_the_weighted_data_alone():
 
     member = Data()
     blend = Data(member)
-    twin = benchmark._unweighted(blend)
+    twin = benchmark.twin(blend, weight_table=None)
     assert twin.datasets[0].weight_table is None and member.weight_table == "table"
     assert blend.datasets == [member]

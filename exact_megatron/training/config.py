@@ -191,6 +191,10 @@ def check(config: RunConfig) -> None:
             f"model.cp_comm_type=a2a shares heads among context-parallel ranks, and the {kv_heads} KV heads of a tensor-parallel rank do "
             f"not divide by model.context_parallel_size={cp}: use all_gather, or leave it out"
         )
+    if m.loss_chunk_tokens < 0 or (m.loss_chunk_tokens and m.sequence_parallel and tp > 1):
+        refuse(
+            f"model.loss_chunk_tokens={m.loss_chunk_tokens} must be 0 or a number of positions, and needs model.sequence_parallel=false"
+        )
     if m.attention_dropout:
         refuse(f"model.attention_dropout={m.attention_dropout}: the attention over documents has none, set it to 0.0")
     if m.mtp_num_layers:

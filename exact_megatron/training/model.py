@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..attention import DocumentAttention, check_supported
+from .chunked_loss import chunk_loss
 from .schema import RunConfig
 from .torch_adam import restore_torch_adam_steps
 
@@ -114,7 +115,8 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         persist_layer_norm=gpu,
         bias_activation_fusion=gpu,
         bias_dropout_fusion=gpu,
-        apply_rope_fusion=False,
+        apply_rope_fusion=m.apply_rope_fusion,
+        cross_entropy_loss_fusion=m.cross_entropy_loss_fusion,
         **fp8,
     )
     if m.data.document_masking:
@@ -182,6 +184,9 @@ def build_model(run: RunConfig, vocab_size: int, device: torch.device) -> list[D
     """The model chunks of this rank in megatron.core's DDP."""
     m = run.model
     chunks = build_chunks(run, vocab_size, device)
+    for model in chunks:
+        if m.loss_chunk_tokens and model.post_process:
+            chunk_loss(model, m.loss_chunk_tokens)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=m.optim.overlap_grad_sync,

@@ -140,6 +140,9 @@ class ModelConfig:
     fp8_amax_compute_algo: str = "max"
     transformer_engine: Optional[bool] = None  # None: on a GPU, where it is installed
     deterministic_mode: bool = False
+    apply_rope_fusion: bool = False  # Transformer Engine's kernel
+    cross_entropy_loss_fusion: bool = False  # megatron.core's own, compiled by torch
+    loss_chunk_tokens: int = 0  # positions whose logits exist at once, for long windows; 0: all
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     exact: ExactConfig = field(default_factory=ExactConfig)
