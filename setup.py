@@ -29,7 +29,15 @@ extras = {
     "hf": ["safetensors", "huggingface_hub", "transformers>=4.51", "accelerate", "gguf"],
 }
 # lm-eval pins python-dateutil below the newest, so that this extra is in neither `all` nor `dev`: an environment of its own
-evaluation = ["lm-eval[hf,ruler]>=0.4.13", "transformers>=4.56", "torch>=2.6", "tokenizers>=0.20", "matplotlib>=3.7", "rich", "tqdm"]
+evaluation = [
+    "lm-eval[hf,ruler]>=0.4.13",
+    "transformers>=4.56",
+    "torch>=2.6",
+    "tokenizers>=0.20",
+    "matplotlib>=3.7",
+    "rich",
+    "tqdm",
+]
 extras["all"] = sorted({requirement for group in extras.values() for requirement in group})
 # tqdm and pydantic: Megatron-LM's own, for `make test-upstream`.
 extras["dev"] = [*extras["all"], "tqdm", "pydantic", "pytest>=8", "hypothesis", "ruff>=0.6", "mypy>=1.11", "pre-commit"]

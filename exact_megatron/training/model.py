@@ -194,7 +194,9 @@ def build_model(run: RunConfig, vocab_size: int, device: torch.device) -> list[D
         use_distributed_optimizer=m.optim.distributed,
         bucket_size=m.optim.bucket_cap_mb * 2**20 // 4 if m.optim.bucket_cap_mb else None,
     )
-    return [DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+    return [
+        DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+    ]
 
 
 def build_optimizer(run: RunConfig, model: list[DistributedDataParallel]) -> tuple[Any, OptimizerParamScheduler]:
