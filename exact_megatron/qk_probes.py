@@ -150,7 +150,8 @@ def probe_run(run_dir: str | Path, batches: int, overrides: list[str]) -> dict[s
         **{key: [] for key in ("steps", "rate", "slowed_rate", *MEASURES)},
     }
     for path in track(found, description=Path(run_dir).name):
-        step = checkpoint.load(path, trainer.model)["step"]
+        step = checkpoint.read_state(path)["step"]
+        checkpoint.load_weights(path, trainer.model)
         probe = Probe()
         loader = iter(build_loader(run, data, trainer.vocabulary, consumed=0))
         for chunk in trainer.model:
