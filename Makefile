@@ -53,7 +53,8 @@ $(VENVNEMO)/.installed: setup.py tests/upstream/nemo_requirements.txt
 	touch $@
 
 test-nemo: $(VENVNEMO)/.installed  ## NeMo's own script and YAML: make test-nemo NEMO=/path/to/NeMo, a checkout of tag v2.4.0
-	NEMO=$(NEMO) $(VENVNEMO)/bin/python -m pytest -q -m "upstream or not upstream" tests/test_nemo_settings.py tests/upstream/test_nemo.py
+	NEMO=$(NEMO) $(VENVNEMO)/bin/python -m pytest -q -m "upstream or not upstream" tests/test_nemo_settings.py \
+		tests/upstream/test_nemo.py tests/upstream/test_nemo_recipes.py
 
 lint: setup
 	$(VENV)/bin/ruff check .
