@@ -1,8 +1,8 @@
 """One rank that trains a tiny NeMo 2 GPTModel several times where torch has no CUDA: nemo_recipe_train.py JOBS.json FOLDER
 
 A job is {"name", "port", "seconds", "data", "exact", "model", "strategy", "module", "plain_data", "dataset_alone"}: settings of
-ExactCallback (absent: a plain run), arguments of GPTConfig, MegatronStrategy and PreTrainingDataModule, and whether ExactDataset is left out
-or alone. Losses and gradient norms go to FOLDER/NAME.RANK.json.
+ExactCallback (absent: a plain run), arguments of GPTConfig, MegatronStrategy and PreTrainingDataModule, and whether ExactDataset is left
+out or alone. Losses and gradient norms go to FOLDER/NAME.RANK.json.
 
 nemo_run, tensorstore and modelopt, which this does not use, are absent: NeMo's imports of them are answered by stubs.
 """
