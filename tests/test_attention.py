@@ -488,3 +488,16 @@ def test_stock_context_parallelism_is_wrong_on_this_batch(cp):
     print(f"\ncp {cp}, documents at {cuts}: {wrong:.1%} of the queries see wrong keys, {future:.1%} a future token")
     assert wrong > 0.9 and future > 0.3, (wrong, future)
     assert stock_wrong_share([0, 512], cp) == (0, 0), "one document a sample: the two zigzags agree"
+
+
+def test_boundaries_can_come_in_the_mask():
+    """For megatron-core below 0.16, where attention takes every packed_seq_params for thd."""
+    from exact_megatron.config import ExactError
+    from exact_megatron.integrations.documents import MaskAttention
+
+    cuts, case = packing(3, 2), tensors(4, 2, 2)
+    ours = run(attend(DocumentAttention(config(4, 2), 1), document_boundaries(cuts, S, 2)), *case)
+    in_mask = run(lambda *qkv: MaskAttention(config(4, 2), 1)(*qkv, torch.tensor(cuts)), *case)
+    assert all(torch.equal(a, b) for a, b in zip(ours, in_mask))
+    with pytest.raises(ExactError, match="got no document boundaries"):
+        MaskAttention(config(4, 2), 1)(*case[:3], None)

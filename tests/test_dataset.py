@@ -155,6 +155,15 @@ def test_pads_and_batch_padding_stay_unsupervised(tmp_path, write_corpus):
     assert (valid[None]["loss_mask"] == 0).all()
 
 
+def test_a_mask_kept_by_the_stock_dataset_does_not_reach_the_next_sample(tmp_path, write_corpus):
+    """Up to megatron-core 0.14 pads of one sample are masked in a tensor that all later samples share."""
+    prefix = write_corpus(np.full(20, S + 30, np.int32))
+    (train, _, _), _ = build(dataset_config(tmp_path, ([prefix], None)), [20, 0, 0])
+    before = train[0]["loss_mask"].clone()
+    train.cached_loss_mask.zero_()
+    assert torch.equal(train[0]["loss_mask"], before) and before.all()
+
+
 @pytest.mark.parametrize("last", [1, 2, 7])
 def test_a_short_last_sample_keeps_the_boundary_of_a_short_last_document(tmp_path, write_corpus, last):
     lengths = np.array([S + 5] * 10 + [S, S - 9, last], np.int32)

@@ -1,7 +1,8 @@
 """One rank that trains a tiny NeMo 2 GPTModel several times where torch has no CUDA: nemo_recipe_train.py JOBS.json FOLDER
 
-A job is {"name", "port", "seconds", "data", "exact", "model", "strategy", "module"}: settings of ExactCallback (null: a plain run), and
-arguments of GPTConfig, MegatronStrategy and PreTrainingDataModule. Losses and gradient norms go to FOLDER/NAME.RANK.json.
+A job is {"name", "port", "seconds", "data", "exact", "model", "strategy", "module", "plain_data", "dataset_alone"}: settings of
+ExactCallback (absent: a plain run), arguments of GPTConfig, MegatronStrategy and PreTrainingDataModule, and whether ExactDataset is left
+out or alone. Losses and gradient norms go to FOLDER/NAME.RANK.json.
 
 nemo_run, tensorstore and modelopt, which this does not use, are absent: NeMo's imports of them are answered by stubs.
 """
@@ -58,6 +59,7 @@ def train(job: dict[str, Any], folder: Path) -> None:
             self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
     exact = job.get("exact")
+    weighted = job.get("dataset_alone", exact is not None and not job.get("plain_data"))
     record = Record()
     tokenizer = ByteLevelTokenizer()
     config = GPTConfig(
@@ -76,7 +78,7 @@ def train(job: dict[str, Any], folder: Path) -> None:
             **{"paths": [job["data"]], "seq_length": 64, "tokenizer": tokenizer, "micro_batch_size": 2},
             **{"global_batch_size": 8, "num_workers": 0, "pin_memory": False, "split": "90,10,0"},
             **{"index_mapping_dir": f"{folder}/cache"},
-            **({} if exact is None else {"dataset_cls": ExactDataset}),
+            **({"dataset_cls": ExactDataset} if weighted else {}),
             **job.get("module", {}),
         }
     )

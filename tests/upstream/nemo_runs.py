@@ -62,8 +62,8 @@ def arguments(folder: Path, name: str, data: str, world: int) -> list[str]:
     return text.split()
 
 
-def run_jobs(folder: Path, world: int, jobs: list[dict], seconds: int = 120) -> None:
-    """Run jobs {"name", "arguments"} one after another as `world` ranks; afterwards nothing of them is left."""
+def run_jobs(folder: Path, world: int, jobs: list[dict], seconds: int = 120, recipes: bool = False) -> None:
+    """Run jobs of nemo_train.py, or of nemo_recipe_train.py, one after another as `world` ranks; afterwards nothing of them is left."""
     for job in jobs:
         job.update(port=free_port(), seconds=seconds)
     table = folder / f"jobs{world}.json"
@@ -77,7 +77,8 @@ def run_jobs(folder: Path, world: int, jobs: list[dict], seconds: int = 120) -> 
             "CUDA_DEVICE_MAX_CONNECTIONS": "1",
             "PYTHONPATH": str(ROOT),
         }
-        command = [sys.executable, str(HERE / "nemo_train.py"), str(examples()), str(table), str(folder)]
+        script = ["nemo_recipe_train.py"] if recipes else ["nemo_train.py", str(examples())]
+        command = [sys.executable, str(HERE / script[0]), *script[1:], str(table), str(folder)]
         with open(folder / f"ranks{world}.{rank}", "w") as log:
             ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder, start_new_session=True))
     deadline = time.monotonic() + 120 + seconds * len(jobs)

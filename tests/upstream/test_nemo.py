@@ -20,7 +20,7 @@ MASKED = ["model.data.reset_attention_mask=true"]
 UNMASKED = ["model.exact.allow_unmasked_documents=true"]
 EXACT = [*ON, *MASKED, "model.data.eod_mask_loss=true"]
 DISTRIBUTED = ["model.optim.name=mcore_distributed_optim"]
-SAVE = [*DISTRIBUTED, "exp_manager.create_checkpoint_callback=True", "trainer.val_check_interval=3"]
+SAVE = [*DISTRIBUTED, "exp_manager.create_checkpoint_callback=True", "trainer.val_check_interval=2"]
 SAVE += ["exp_manager.checkpoint_callback_params.filename='at-{step}-{consumed_samples}'"]
 LAYOUTS = {
     "tp2": ["model.tensor_model_parallel_size=2"],
@@ -91,7 +91,7 @@ def logs(tmp_path_factory):
         hydras = [word for word in more if not word.startswith("--")]
         return {"name": name, "arguments": [*ours, *nr.arguments(folder, name, data, world), *hydras], **others}
 
-    checkpoint = f"model.resume_from_checkpoint='{folder}/exp/saved/checkpoints/at-step=3-consumed_samples=24.0'"
+    checkpoint = f"model.resume_from_checkpoint='{folder}/exp/saved/checkpoints/at-step=2-consumed_samples=16.0'"
     one = [
         job("plain", [], plain, plugin=False),
         job("off", [], plain),
@@ -104,6 +104,7 @@ def logs(tmp_path_factory):
         job("recomputed", [*EXACT, "model.activations_checkpoint_granularity=full",
                            "model.activations_checkpoint_method=uniform", "model.activations_checkpoint_num_layers=1"]),
         job("pads", [*ON, *MASKED]),
+        job("pads_mbs1", [*ON, *MASKED, "model.micro_batch_size=1"]),
         job("rope", [*EXACT, "model.position_embedding_type=rope"]),
         job("saved", [*EXACT, *SAVE]),
         job("resumed", [*EXACT, *SAVE, checkpoint]),
@@ -167,6 +168,10 @@ def exact_tags(log):
     return [tag for tag in log.steps() if "exact loss" in tag or "lm loss" in tag]
 
 
+def training_tags(log):
+    return ["reduced_train_loss", *(tag for tag in exact_tags(log) if not tag.startswith("val"))]
+
+
 def test_off_the_plugin_changes_no_digit(logs):
     assert_same(logs("off"), logs("plain"), LOSSES)
     assert len(logs("off").steps()["grad_norm"]) == 6
@@ -193,7 +198,7 @@ def test_layouts_equal_one_rank(logs, name):
     one, log = logs("saved" if distributed else "one_rank"), logs(name)
     tags = {*LOSSES, *exact_tags(one)}
     if distributed:
-        tags = {tag for tag in tags if not tag.startswith(("grad_norm", "val"))}
+        tags = training_tags(one)
     if "mbs1" in name:  # NeMo's own averages of micro-batches' averages
         tags -= {"reduced_train_loss", "val_loss"}
     assert_same(log, one, tags, rel=1e-5)
@@ -201,9 +206,7 @@ def test_layouts_equal_one_rank(logs, name):
 
 def test_pipeline_stages_from_a_checkpoint_of_one_rank(logs):
     """Each stage draws its initial weights from a seed of its own, so that two layouts start alike from a checkpoint only."""
-    assert_same(
-        logs("pp2_resumed"), logs("resumed"), {"reduced_train_loss", "val_loss", *exact_tags(logs("resumed"))}, rel=1e-5
-    )
+    assert_same(logs("pp2_resumed"), logs("resumed"), training_tags(logs("resumed")), RESUMED, 1e-5)
     assert len(logs("pp2").steps()["exact loss"]) == 6
 
 
@@ -237,10 +240,8 @@ def test_a_pad_does_not_mask_other_samples(logs):
     tokens = IndexedDataset(str(logs.folder / "padded"))
     pads = sum(int((tokens[i] == 1).sum()) for i in range(len(tokens)))
     assert pads > 20
-    log = logs("pads")
-    assert log.ok
-    # Of 8 x 64 targets about 1 % are pads. Accumulated over 48 samples the mask would have lost about a third.
-    assert_same(log, logs("pads"), LOSSES)
+    # A micro-batch size of 1 draws the same samples one by one, and loses no more targets.
+    assert_same(logs("pads"), logs("pads_mbs1"), {"grad_norm", *exact_tags(logs("pads"))}, rel=1e-5)
 
 
 def test_the_hooks_are_named_once(logs):
@@ -249,25 +250,27 @@ def test_the_hooks_are_named_once(logs):
         assert text.count("\nEXACT\n") == 1 and "masked by DocumentAttention" in text and "32-64" in text
 
 
+# Steps after the resume at 2 that NeMo takes from the same samples: with or without EXACT its loop ends the epoch one step early.
+RESUMED = range(2, 5)
+
+
 def test_resume_continues(logs):
     saved, resumed = logs("saved"), logs("resumed")
-    assert min(resumed.steps()["reduced_train_loss"]) == 3
-    assert_same(resumed, saved, {"reduced_train_loss", "val_loss", *exact_tags(saved)}, range(3, 6))
-    assert_same(
-        logs("dp2_resumed"), logs("dp2_saved"), ["exact loss", "reduced_train_loss", "val_loss"], range(3, 6), 1e-6
-    )
+    assert min(resumed.steps()["reduced_train_loss"]) == 2
+    assert_same(resumed, saved, training_tags(saved), RESUMED)
+    assert_same(logs("dp2_resumed"), logs("dp2_saved"), training_tags(saved), RESUMED, 1e-6)
 
 
 def test_changed_weights_are_accepted_when_told(logs):
     assert "resumed with other weights" in logs("accepted").text
-    assert len(logs("accepted").steps()["exact loss"]) == 3
+    assert len(logs("accepted").steps()["exact loss"]) >= 3
 
 
 def test_checkpoints_name_nothing_of_ours_but_plain_values(logs):
     logs("saved").steps()
     import torch
 
-    (common,) = (logs.folder / "exp" / "saved" / "checkpoints" / "at-step=3-consumed_samples=24.0").glob("common.pt")
+    (common,) = (logs.folder / "exp" / "saved" / "checkpoints" / "at-step=2-consumed_samples=16.0").glob("common.pt")
     state = torch.load(common, weights_only=False)
     assert state["exact"]["alpha"] == 0.5 and all(
         isinstance(v, (str, int, float, type(None))) for v in state["exact"].values()
@@ -289,9 +292,7 @@ def test_refused_before_the_first_step(logs, name):
     assert REFUSED[name][1] in logs(name).error()
 
 
-def test_the_index_caches_and_the_census_are_in_the_cache_folder(logs):
+def test_the_census_is_in_the_cache_folder(logs):
     logs("one_rank").steps()
-    (census,) = {
-        p for p in (logs.folder / "cache").glob("*-ExactGPTDataset-train-census.json") if "padded" in p.read_text()
-    } or {next((logs.folder / "cache").glob("*-ExactGPTDataset-train-census.json"))}
-    assert json.loads(census.read_text())["seq_length"] == nr.SEQ_LENGTH
+    found = list((logs.folder / "cache").glob("*-ExactGPTDataset-train-census.json"))
+    assert found and all(json.loads(path.read_text())["seq_length"] == nr.SEQ_LENGTH for path in found)
