@@ -25,9 +25,9 @@ def machine(*others: str) -> dict[str, Any]:
     if "model" in cpu:  # a virtual machine may hide the product's name
         name += f" (family {cpu['cpu family']}, model {cpu['model']})"
     packages = {"torch": torch.__version__, "numpy": np.__version__}
-    for name in ("megatron-core", *others):
+    for package in ("megatron-core", *others):
         with contextlib.suppress(PackageNotFoundError):
-            packages[name] = version(name)
+            packages[package] = version(package)
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "CPU": f"{name}, {len(os.sched_getaffinity(0))} cores",
