@@ -154,6 +154,7 @@ def test_store_goes_on_after_a_kill_and_refuses_other_settings(tmp_path):
     store.finish({"cells": []})
     results, records = read_results(tmp_path / "s")
     assert list(records) == [first["id"], second["id"]] and results["items"] == 2 and results["finished"]
+    assert "tokenizers" in results["versions"] and "tokenizers" not in results["CPU"]
     with pytest.raises(ValueError, match="settings limit: there 3, now 4"):
         Store.open(tmp_path, "s", metric, MODEL, settings | {"limit": 4})
     with pytest.raises(ValueError, match="model fingerprint"):

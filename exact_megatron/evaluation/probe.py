@@ -22,6 +22,7 @@ import numpy as np
 
 from .filler import Filler
 from .model import Text
+from .report import SHARE
 from .scorer import Scorer, continuation_logprobs
 from .store import Metric, Store, digest
 
@@ -31,7 +32,7 @@ TRIES = 20  # filler windows that an item looks through for one without its answ
 
 METRIC = Metric(
     "Distance probe",
-    "effect of the evidence on the log-probability margin of the right over the wrong answer (nats)",
+    "effect of the evidence on the right answer's margin (nats)",
     tasks=("effect",),
     length="distance",
     inclusive=False,
@@ -147,7 +148,7 @@ def measure(scorer: Scorer, item: Item, distances: Sequence[int]) -> Iterator[di
             "effect": present - absent,
             "with evidence": present,
             "without": absent,
-            "right answer preferred": float(present > 0),
+            SHARE: float(present > 0),
         }
         yield {
             "id": f"{item.name}@{distance}",

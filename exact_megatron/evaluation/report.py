@@ -12,7 +12,7 @@ from ..report import new_figure, plain_axes, print_parts
 from .bootstrap import LEVEL, RESAMPLES, Cell, Cells, Estimate, average, collect, estimate, resample
 from .store import Metric
 
-MEANS = "mean"  # the row of averages
+SHARE = "right answer preferred"  # the probe's cells that hold shares, beside nats
 
 
 def metric_of(results: dict[str, Any]) -> Metric:
@@ -115,7 +115,7 @@ def write_suite_report(folder: Path, results: dict[str, Any], quiet: bool = Fals
         f"{results['date']}, {results['CPU']}, GPU {results['GPU']}, {results['versions']}",
     ]
     (folder / "report.md").write_text("\n".join(text) + "\n")
-    picture = plot_curves(folder / "curve.png", heading, {"": summary}, metric)
+    picture = plot_curves(folder / "curve.png", summary, metric)
     if not quiet:
         from rich.table import Table
 
@@ -134,41 +134,33 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def plot_curves(path: Path, title: str, summaries: dict[str, dict[str, Any]], metric: Metric) -> bool:
-    """Values over length, with their intervals as bands: one line a task of `metric.tasks` (or one for the mean of all), one
-    colour a summary. Nothing is drawn, and False returned, where there are fewer than two lengths."""
-    figure = new_figure(9, 5, title)
+def plot_curves(path: Path, summary: dict[str, Any], metric: Metric) -> bool:
+    """Values over length, a line a task with its intervals as a band; of more than four tasks only their mean. Nothing is
+    drawn, and False returned, where there are fewer than two lengths."""
+    tasks, lengths, found = grid(summary)
+    known = [n for n in lengths if n is not None]
+    if len(known) < 2:
+        return False
+    figure = new_figure(9, 5, metric.title)
     axes = figure.subplots()
-    drawn = False
-    for shift, (label, summary) in enumerate(summaries.items()):
-        tasks, lengths, found = grid(summary)
-        if len(lengths) < 2 or None in lengths:
-            return False
-        for task in tasks if len(tasks) <= 4 else []:
-            if metric.scale != 100 and task == "right answer preferred":
-                continue
-            points = [(n, found[(task, n)]) for n in lengths if (task, n) in found]
-            drawn |= _curve(axes, points, metric, f"{label} {task}".strip(), shift)
-        if len(tasks) > 4:
-            means = [(n, [found[c].value for c in found if c[1] == n]) for n in lengths]
-            points = [(n, Estimate(float(np.mean(v)), None, None, len(v))) for n, v in means]
-            drawn |= _curve(axes, points, metric, f"{label} mean of {len(tasks)} tasks".strip(), shift)
+    x = [max(n, 4) for n in known]  # the first bucket of contexts begins at 0, which a logarithm has no place for
+    if len(tasks) > 4:
+        means = [np.mean([e.value for (_, n), e in found.items() if n == length]) for length in known]
+        axes.plot(x, metric.scale * np.array(means), "o-", label=f"mean of {len(tasks)} tasks")
+    for task in tasks if len(tasks) <= 4 else []:
+        cells = [found.get((task, n), Estimate(float("nan"), None, None, 0)) for n in known]
+        if task == SHARE:  # another unit than the others
+            continue
+        (line,) = axes.plot(x, [metric.scale * e.value for e in cells], "o-", label=task, markersize=4)
+        low, high = (
+            [np.nan if (v := getattr(e, side)) is None else metric.scale * v for e in cells] for side in ("low", "high")
+        )
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
-    axes.set_xticks([n for n in lengths if n], [length_label(n) for n in lengths if n])
+    axes.set_xticks(x, [length_label(n) for n in known])
     axes.set_xlabel(f"{metric.length} (tokens)")
-    axes.set_ylabel(f"{metric.name.split(' (')[0]}" if len(metric.name) < 50 else "score")
+    axes.set_ylabel(metric.name)
     plain_axes(axes)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=130)
-    return drawn
-
-
-def _curve(axes: Any, points: Sequence[tuple[Any, Estimate]], metric: Metric, label: str, style: int) -> bool:
-    x = [max(n, 1) for n, _ in points]
-    (line,) = axes.plot(
-        x, [metric.scale * e.value for _, e in points], "o-" if style == 0 else "s--", label=label, markersize=4
-    )
-    if all(e.low is not None for _, e in points):
-        low, high = ([metric.scale * getattr(e, side) for _, e in points] for side in ("low", "high"))
-        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     return True
