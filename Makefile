@@ -89,6 +89,7 @@ $(VENV_NEMO)/.installed: setup.py tests/upstream/nemo_requirements.txt
 
 test-nemo: $(VENV_NEMO)/.installed  ## NeMo's own script and YAML: make test-nemo NEMO=/path/to/NeMo, a checkout of tag v2.4.0
 	NEMO=$(NEMO) $(VENV_NEMO)/bin/python -m pytest -q -m "upstream or not upstream" tests/test_nemo_settings.py \
+		tests/upstream/test_nemo.py tests/upstream/test_nemo_recipes.py
 
 $(VENV_EVAL)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV_EVAL)
