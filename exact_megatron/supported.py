@@ -3,6 +3,8 @@ Standard library only, so that a login node can say it."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from typing import Any
 
 # Megatron's words for the exchanges. p2p, a ring, is what Megatron-LM has where nothing was asked for.
@@ -59,21 +61,31 @@ def unsupported_loss(config: Any) -> list[str]:
     """Losses whose backward does not weight targets one by one, whoever masks documents; empty is fine.
 
     Transformer Engine's fused cross entropy (transformer_engine/pytorch/triton/cross_entropy.py: element_mul_kernel) gives all targets
-    the gradient of the first in 2.2 to 2.7, and reads a gradient that is not contiguous as if it were in 2.8 to 2.10. Megatron-LM
-    refuses it from 0.19 on (megatron/training/arguments.py).
+    the gradient of the first in 2.2 to 2.7, and reads a gradient that is not contiguous as if it were in 2.8 to 2.10.
 
     Args:
         config: as in `unsupported`.
     """
     if (
-        getattr(config, "cross_entropy_loss_fusion", False)
-        and getattr(config, "cross_entropy_fusion_impl", None) == "te"
+        not getattr(config, "cross_entropy_loss_fusion", False)
+        or getattr(config, "cross_entropy_fusion_impl", None) != "te"
     ):
-        return [
-            "cross_entropy_fusion_impl='te': Transformer Engine's fused cross entropy has given all targets the weight of the first "
-            "(2.2 to 2.7; NVIDIA disables it in Megatron-LM from 0.19 on). Use 'native'"
-        ]
-    return []
+        return []
+    found = transformer_engine_version()
+    if found and tuple(map(int, found.split(".")[:2])) >= (2, 11):
+        return []
+    return [
+        f"cross_entropy_fusion_impl='te' with Transformer Engine {found or 'that is not found here'}: before 2.11 its fused cross "
+        "entropy gives targets the weights of others. Use 'native', or a newer one"
+    ]
+
+
+def transformer_engine_version() -> str | None:
+    """Version of the installed Transformer Engine, "2.11.0", or None."""
+    try:
+        return re.match(r"[\d.]+", importlib.metadata.version("transformer-engine"))[0]  # type: ignore[index]
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def check_supported(config: Any, seq_length: int | None = None) -> None:

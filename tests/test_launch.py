@@ -16,7 +16,7 @@ import pytest
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 
-from exact_megatron import ExactConfig, doctor
+from exact_megatron import ExactConfig, doctor, supported
 from exact_megatron.cli import main
 from exact_megatron.integrations.documents import feed_documents, join_boundaries
 from exact_megatron.integrations.hooks import replaced, script_global
@@ -143,7 +143,7 @@ def test_old_cores_cannot_mask_all_layers(args):
         ({"data_path": None}, "give --data-path"),
         ({"export_quant_cfg": "fp8"}, "unset --export-quant-cfg"),
         ({"export_num_medusa_heads": 2}, "unset --export-num-medusa-heads"),
-        ({"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"}, "the weight of the first"),
+        ({"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"}, "the weights of others"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1: set it to 0.0"),
         ({"multi_latent_attention": True}, "multi_latent_attention=True"),
         ({"cuda_graph_impl": "local"}, "cuda_graph_impl='local'"),
@@ -176,6 +176,16 @@ def test_runs_that_would_be_weighted_wrongly_are_refused(args, words):
     assert refusals(Namespace(**ARGS | DENSE), ExactConfig(), (0, 16)) == []
     (reason,) = refusals(Namespace(**ARGS | DENSE | args), ExactConfig(), (0, 16))
     assert words in reason
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"), [(None, True), ("2.7.0", True), ("2.10.1", True), ("2.11.0", False), ("3.0", False)]
+)
+def test_the_fused_cross_entropy_of_old_transformer_engines_is_refused(version, refused, monkeypatch):
+    monkeypatch.setattr(supported, "transformer_engine_version", lambda: version)
+    te = Namespace(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="te")
+    assert bool(supported.unsupported_loss(te)) == refused
+    assert not supported.unsupported_loss(Namespace(cross_entropy_loss_fusion=False, cross_entropy_fusion_impl="te"))
 
 
 def test_unset_modelopt_arguments_are_no_reason():
@@ -536,7 +546,7 @@ def test_doctor_fits_a_screen_and_fails_for_a_run_that_would(capsys, write_corpu
         (["--fp8-dot-product-attention"], "fp8_dot_product_attention"),
         (["--cuda-graph-impl", "local"], "cuda_graph_impl"),
         (["--qk-clip"], "qk_clip"),
-        (["--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "te"], "fused cross entropy"),
+        (["--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "te"], "cross_entropy_fusion_impl"),
         (["--softmax-type", "learnable"], "softmax_type"),
         (["--iterations-to-skip", "3", "4"], "--iterations-to-skip"),
         (["--mtp-num-layers", "1"], "multi-token"),

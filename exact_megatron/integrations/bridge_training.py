@@ -27,6 +27,7 @@ from megatron.core import parallel_state
 from ..config import ExactConfig, ExactError
 from ..dataset import ExactDatasetBuilder, members
 from ..loss import ExactLoss
+from ..supported import unsupported_loss
 from .documents import check_masked, feed_documents, masking_documents
 from .hooks import replaced
 from .megatron_lm import table_lines
@@ -280,4 +281,4 @@ def refusals(cfg: Any, config: ExactConfig) -> list[str]:
         (masking and not getattr(dataset, "skip_getting_attention_mask_from_dataset", True),
          "the dense mask would be built beside DocumentAttention: set dataset.skip_getting_attention_mask_from_dataset=true"),
     ]  # fmt: skip
-    return [text for refused, text in checks if refused]
+    return [text for refused, text in checks if refused] + unsupported_loss(model)

@@ -164,7 +164,7 @@ class ExactCallback(Callback):
             "ExactCallback(allow_unmasked_documents=True)": not data.reset_attention_mask
             and not self.config.allow_unmasked_documents,
         }
-        return [reason for reason, wrong in refused.items() if wrong]
+        return [reason for reason, wrong in refused.items() if wrong] + unsupported_loss(config)
 
     def _mask(self, pl_module: Any, seq_length: int) -> None:
         """Boundaries go beside the batch, which is cut under context parallelism, and enter the model as attention_mask."""
