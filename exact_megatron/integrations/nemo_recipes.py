@@ -20,6 +20,7 @@ import torch
 from ..config import ExactError
 from ..dataset import ExactDatasetBuilder, ExactGPTDataset, members
 from ..loss import ExactLoss, gpt_loss
+from ..supported import unsupported_loss
 from .documents import MaskAttention, check_masked, join_boundaries, masking_documents
 from .megatron_lm import table_lines
 from .nemo_plan import check_resumed, check_version, settings
