@@ -42,7 +42,11 @@ def local_data(folder: Path) -> dict[str, Any] | None:
     if len(kinds := {_READERS[f.suffix] for f in files}) > 1:
         raise ValueError(f"{folder} holds splits as {' and '.join(sorted(kinds))}: use one kind of file")
     splits = {f.stem: str(f) for f in files}
-    return {"dataset_path": kinds.pop(), "dataset_name": None, "dataset_kwargs": {"data_files": splits}}
+    named = {"training_split": "train", "validation_split": "validation"}
+    absent = {
+        key: None for key, split in named.items() if split not in splits
+    }  # else lm-eval reads them for few-shot examples
+    return {"dataset_path": kinds.pop(), "dataset_name": None, "dataset_kwargs": {"data_files": splits}, **absent}
 
 
 def load_tasks(name: str, manager: Any, datasets_dir: str | None) -> tuple[list[Any], str | None]:
@@ -55,11 +59,18 @@ def load_tasks(name: str, manager: Any, datasets_dir: str | None) -> tuple[list[
             reason = " ".join(str(error).split())[:160]
             return [], f"{name}: its data cannot be loaded here ({reason}); bring them with --datasets"
     folder = Path(datasets_dir, name)
+    try:
+        return _load_local(name, manager, folder)
+    except KeyError as error:  # of the data set, that is a dict of splits
+        return [], f"{name}: {folder} lacks the split {error}"
+
+
+def _load_local(name: str, manager: Any, folder: Path) -> tuple[list[Any], str | None]:
     if name != "mmlu":
         found = local_data(folder)
         if found is None:
             return [], f"{name}: no train, validation or test split in {folder}"
-        return load(manager, wanted, **found), None
+        return load(manager, TASKS[name][1], **found), None
     subjects = {f.name: local for f in sorted(folder.glob("*")) if f.is_dir() and (local := local_data(f))}
     if not subjects:
         return [], f"{name}: no folder of a subject with its splits in {folder}"
