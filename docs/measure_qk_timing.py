@@ -37,7 +37,8 @@ def train(overrides: list[str]) -> dict:
 
     run = load_config(None, overrides)
     trainer = Trainer(run, progress=False)
-    trainer.fit()
+    if trainer.fit() != "finished":
+        raise SystemExit("stopped; the same command goes on")
     shutdown()
     folder = Path(run.exp_manager.exp_dir)
     last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-25:]

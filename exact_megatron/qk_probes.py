@@ -117,8 +117,8 @@ def probe_run(run_dir: str | Path, batches: int, overrides: list[str]) -> dict[s
     """Probe every checkpoint of a run of the native runner, on one rank and always on the same held-out (or else training) samples.
 
     Returns:
-        {"run", "steps": [...], "layers", "slowed": [numbers], measure: [step][layer], "rate", "slowed_rate": [step]}; the rates are
-        those of the query and key projections for the step that led to the checkpoint.
+        {"run", "layers", "slowed": [numbers], "steps": [of the checkpoints], measure: [checkpoint][layer], "rate", "slowed_rate":
+        [step]}; the rates are the learning rate of every step of the run, without and with model.qk_timing's factor.
 
     Raises:
         FileNotFoundError: no run, or no checkpoints. ValueError: settings that do not fit, see load_config.
@@ -142,12 +142,14 @@ def probe_run(run_dir: str | Path, batches: int, overrides: list[str]) -> dict[s
     trainer = Trainer(run, progress=False)
     timing, layers = run.model.qk_timing, run.model.num_layers
     data = trainer.train_data if trainer.valid_data is None else trainer.valid_data
-    rates = {line["step"]: line for line in map(json.loads, (Path(run_dir) / "metrics.jsonl").read_text().splitlines())}
+    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
     result: dict[str, Any] = {
         "run": str(run_dir),
         "layers": layers,
         "slowed": [n for n in range(1, layers + 1) if timing.enabled and timing.touches(n, layers)],
-        **{key: [] for key in ("steps", "rate", "slowed_rate", *MEASURES)},
+        "rate": [line["learning_rate"] for line in lines],
+        "slowed_rate": [line["learning_rate"] * line.get("qk_factor", 1.0) for line in lines],
+        **{key: [] for key in ("steps", *MEASURES)},
     }
     for path in track(found, description=Path(run_dir).name):
         step = checkpoint.read_state(path)["step"]
@@ -159,18 +161,15 @@ def probe_run(run_dir: str | Path, batches: int, overrides: list[str]) -> dict[s
         with probe.watching([layer for chunk in trainer.model for layer in chunk.module.decoder.layers]):
             for _ in range(batches):
                 trainer._run_schedule(loader, trainer.measure_func, forward_only=True)
-        line = rates[step]
         for key, value in probe.means().items():
             result[key].append(value)
         result["steps"].append(step)
-        result["rate"].append(line["learning_rate"])
-        result["slowed_rate"].append(line["learning_rate"] * line.get("qk_factor", 1.0))
     shutdown()
     return result
 
 
 def plot(runs: list[dict[str, Any]], path: str | Path) -> None:
-    """A column for each run and a row for each measure; a line for each layer, upper layers darker, slowed ones dashed at the rate."""
+    """A column for each run and a row for each measure; a line for each layer, upper layers darker."""
     import matplotlib
 
     from .report import new_figure, plain_axes
@@ -188,17 +187,17 @@ def plot(runs: list[dict[str, Any]], path: str | Path) -> None:
             axes.set_ylabel(label if column == 0 else "")
             plain_axes(axes)
         axes = grid[-1][column]
-        axes.plot(run["steps"], run["rate"], color="#666666", label="other parameters")
+        axes.plot(range(1, len(run["rate"]) + 1), run["rate"], color="#666666", label="other parameters")
         if run["slowed"]:
             label = f"queries and keys of layers {run['slowed'][0]}-{run['slowed'][-1]}"
-            axes.plot(run["steps"], run["slowed_rate"], color="#b03060", linestyle="--", label=label)
+            axes.plot(range(1, len(run["rate"]) + 1), run["slowed_rate"], color="#b03060", linestyle="--", label=label)
         axes.set_ylabel("learning rate" if column == 0 else "")
         axes.set_xlabel("step")
         axes.legend(frameon=False, fontsize=8)
         plain_axes(axes)
         grid[0][column].set_title(Path(run["run"]).name)
     grid[0][0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

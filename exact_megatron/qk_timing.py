@@ -155,6 +155,36 @@ def timed_train_step(
     return timed
 
 
+def bridge_progress(given: dict[str, Any]) -> tuple[int, int]:
+    """`progress` for Megatron-Bridge's train_step(..., global_state, ...), read in 0.3.1 and 0.6.0."""
+    state = given["global_state"]
+    return state.train_state.step, state.cfg.train.train_iters
+
+
+def before_nemo_step(config: QKTimingConfig, trainer: Any, model: Sequence[Any], say: Callable[[str], None]) -> float:
+    """For NeMo (1 and 2), at the start of every training batch: the timing of the step to come; returns its factor.
+
+    Args:
+        config: with enabled=True.
+        trainer: Lightning's, with one optimizer, NeMo's McoreDistributedOptimizer (nemo/core/optim/mcore_optim.py, read in 2.4.0);
+            keeps the timing from step to step.
+        model: this rank's chunks.
+        say: gets the line for the log, once, on every rank.
+
+    Raises:
+        ExactError: another optimizer (distributed_fused_adam, O2's MainParamsOptimizerWrapper), or no trainer.max_steps.
+    """
+    timing = getattr(trainer, "exact_qk_timing", None)
+    if timing is None:
+        (wrapper,) = trainer.optimizers
+        if trainer.max_steps < 1:
+            _refuse(f"trainer.max_steps={trainer.max_steps}, and the phase is a share of the steps")
+        timing = QKTiming(config, model, getattr(wrapper, "mcore_optimizer", wrapper), trainer.max_steps)
+        trainer.exact_qk_timing = timing
+        say(timing.describe())
+    return timing.before_step(trainer.global_step)
+
+
 def _refuse(problem: str) -> None:
     raise ExactError(f"{TIMING_PREFIX}enabled=true: {problem}")
 
@@ -207,6 +237,8 @@ def _parts(optimizer: Any, rows: dict[Tensor, tuple[int, int]]) -> Iterator[tupl
     """(inner optimizer, its parameter, spans of the flat parameter that hold query and key rows)."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         kind, inner = type(part).__name__, getattr(part, "optimizer", None)
+        if kind not in _KNOWN:
+            _refuse(f"{kind} is not supported, use Megatron's Adam or SGD, with or without its distributed optimizer")
         if inner is None or getattr(part, "is_stub_optimizer", False):
             continue  # nothing to train on this rank
         ddp = getattr(part, "ddp_config", None)
@@ -218,8 +250,8 @@ def _parts(optimizer: Any, rows: dict[Tensor, tuple[int, int]]) -> Iterator[tupl
         for name, on in settings.items():
             if on:
                 _refuse(f"{name} is not supported")
-        if kind not in _KNOWN or type(inner).__name__ not in _LINEAR_IN_THE_RATE:
-            _refuse(f"{kind} with {type(inner).__name__} is not supported, use Megatron's Adam or SGD")
+        if type(inner).__name__ not in _LINEAR_IN_THE_RATE:
+            _refuse(f"{kind} with {type(inner).__name__} is not supported, use Adam or SGD")
         for parameter, main, start in _mains(part):
             if parameter not in rows:
                 continue

@@ -80,9 +80,8 @@ def test_a_run_from_end_to_end(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (result,) = json.loads(out[0].read_text())
-    assert (
-        result["steps"] == [1, 2] and result["slowed"] == [2] and result["slowed_rate"][0] == 0.25 * result["rate"][0]
-    )
+    assert result["steps"] == [1, 2] and result["slowed"] == [2] and len(result["rate"]) == 2
+    assert result["slowed_rate"][0] == 0.25 * result["rate"][0] > 0
     for measure in MEASURES:
         assert len(result[measure]) == 2 and all(len(at_step) == 2 and min(at_step) > 0 for at_step in result[measure])
         assert result[measure][0] != result[measure][1]

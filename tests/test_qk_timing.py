@@ -14,7 +14,14 @@ from tiny import config_file, write_data
 
 from exact_megatron.config import ExactError, QKTimingConfig
 from exact_megatron.integrations.settings import read_settings, take_settings, take_timing
-from exact_megatron.qk_timing import _parts, _query_key_rows, kept_spans, timed_train_step
+from exact_megatron.qk_timing import (
+    _parts,
+    _query_key_rows,
+    before_nemo_step,
+    bridge_progress,
+    kept_spans,
+    timed_train_step,
+)
 
 STEPS = 6
 ON = [
@@ -54,7 +61,7 @@ def timed(folder, names, more):
     for world in jobs:
         table = folder / f"jobs{world}.json"
         table.write_text(json.dumps(jobs[world]))
-        launch("run_qk_timing.py", [str(config), str(table), str(folder)], world)
+        launch("run_qk_timing.py", [str(config), str(table), str(folder)], world, timeout=30 * len(jobs[world]) + 120)
         found.update({job["name"]: json.loads((folder / f"{job['name']}.json").read_text()) for job in jobs[world]})
     return found
 
@@ -326,6 +333,17 @@ def test_optimizers_that_update_otherwise_are_refused(change, message):
     part.ddp_config = ddp
     with pytest.raises(ExactError, match=message):
         list(_parts(part, rows))
+
+
+def test_other_optimizers_of_nemo_are_refused_and_bridge_tells_its_progress():
+    trainer = Namespace(optimizers=[Lion([torch.nn.Parameter(torch.zeros(1))], lr=1)], max_steps=10, global_step=0)
+    with pytest.raises(ExactError, match="Lion is not supported, use Megatron's Adam or SGD"):
+        before_nemo_step(QKTimingConfig(enabled=True), trainer, [SimpleNamespace(decoder=decoder())], print)
+    trainer.max_steps = -1
+    with pytest.raises(ExactError, match="trainer.max_steps=-1, and the phase is a share of the steps"):
+        before_nemo_step(QKTimingConfig(enabled=True), trainer, [], print)
+    state = Namespace(train_state=Namespace(step=3), cfg=Namespace(train=Namespace(train_iters=8)))
+    assert bridge_progress({"global_state": state}) == (3, 8)
 
 
 def test_a_train_step_of_another_shape_is_refused():
