@@ -15,7 +15,8 @@ import yaml
 
 from exact_megatron import ExactConfig
 from exact_megatron.config import ExactError
-from exact_megatron.integrations.nemo_plan import check_resumed, check_version, refusals, settings
+from exact_megatron.integrations.nemo_plan import check_version, refusals, settings
+from exact_megatron.integrations.weights import check_resumed
 
 ROOT = Path(__file__).parent.parent
 MODEL = {"mcore_gpt": True, "data": {"data_prefix": [1.0, "x"], "reset_attention_mask": True}}
@@ -98,12 +99,12 @@ def test_unmasked_documents_can_be_accepted():
 def test_resuming_under_other_weights():
     config = ExactConfig(enabled=True)
     before = {**config.to_dict(), "table": "a", "census": "b"}
-    check_resumed(None, before, config)  # of a run without EXACT
-    check_resumed({**before, "log_buckets": False}, before, config)
+    check_resumed(None, before, config, "")  # of a run without EXACT
+    check_resumed({**before, "log_buckets": False}, before, config, "")
     with pytest.raises(ValueError, match="alpha: 0.15 in the checkpoint, now 0.2\n  table: a in the checkpoint, now c"):
-        check_resumed(before, {**before, "alpha": 0.2, "table": "c"}, config)
+        check_resumed(before, {**before, "alpha": 0.2, "table": "c"}, config, "")
     accepted = dataclasses.replace(config, allow_changed_weights=True)
-    check_resumed(before, {**before, "table": "c"}, accepted)
+    check_resumed(before, {**before, "table": "c"}, accepted, "")
 
 
 def test_the_example_configuration_shows_every_key_with_its_default():

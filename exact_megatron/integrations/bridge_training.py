@@ -30,7 +30,7 @@ from ..loss import ExactLoss
 from ..supported import unsupported_loss
 from .documents import check_masked, feed_documents, masking_documents
 from .hooks import replaced
-from .megatron_lm import table_lines
+from .weights import check_resumed, table_lines
 
 ASK = "dataset.reset_attention_mask=true"
 
@@ -160,7 +160,8 @@ class MegatronBridge:
         """Called with the builder when the data are built: compare with the checkpoint, and say once what is hooked."""
         assert builder.table is not None and builder.census is not None
         mine = {**self.config.to_dict(), "table": builder.table.digest, "census": builder.census.digest}
-        self._compare(getattr(self.state.train_state, "exact", None), mine)
+        before = getattr(self.state.train_state, "exact", None)
+        check_resumed(before, mine, self.config, "start anew with checkpoint.finetune=true")
         self._mine = mine
         if not self.weighted and torch.distributed.get_rank() == 0:
             lines = [
@@ -177,23 +178,6 @@ class MegatronBridge:
                 )
             print("\n  ".join(["EXACT", *lines]), flush=True)
         self.weighted = True
-
-    def _compare(self, before: dict[str, Any] | None, mine: dict[str, Any]) -> None:
-        if before is None or (before["table"], before["census"]) == (mine["table"], mine["census"]):
-            return
-        changed = [
-            f"{key}: {before.get(key)} in the checkpoint, now {mine[key]}"
-            for key in mine
-            if before.get(key) != mine[key]
-        ]
-        if not self.config.allow_changed_weights:
-            raise ValueError(
-                "the checkpoint was trained with other weights:\n  "
-                + "\n  ".join(changed)
-                + "\nUse the settings and data of the "
-                "checkpoint, start anew with checkpoint.finetune=true, or accept it with model.exact.allow_changed_weights=true"
-            )
-        print("EXACT: resumed with other weights: " + "; ".join(changed), flush=True)
 
 
 class _Builder(ExactDatasetBuilder):

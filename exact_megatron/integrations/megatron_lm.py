@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -35,8 +34,8 @@ from .documents import check_masked, feed_documents, masking_documents
 from .hooks import file_of, replaced, script_global
 from .megatron_lm_plan import OWN, core_version, plan_masking, refusals
 from .settings import take_settings, take_timing
+from .weights import check_resumed, table_lines
 
-logger = logging.getLogger(__name__)
 BUCKET = "lm loss "  # what ExactLoss names the losses of buckets by
 
 
@@ -211,30 +210,11 @@ class MegatronLM:
         assert builder.table is not None and builder.census is not None
         args, table = _arguments(), builder.table
         mine = {**self.config.to_dict(), "table": table.digest, "census": builder.census.digest}
-        self._compare(mine)
+        check_resumed(self._resumed, mine, self.config, "start anew with --finetune")
         args.exact = mine  # Megatron-LM stores its arguments in every checkpoint
         if not self.weighted and int(os.environ.get("RANK", 0)) == 0:
             print("\n".join(["EXACT", *self._summary(table, builder)]), flush=True)
         self.weighted = True
-
-    def _compare(self, mine: dict[str, Any]) -> None:
-        before = self._resumed
-        if before is None or before["table"] == mine["table"] and before["census"] == mine["census"]:
-            return
-        changed = [
-            f"{key}: {before.get(key)} in the checkpoint, now {mine[key]}"
-            for key in mine
-            if before.get(key) != mine[key]
-        ]
-        if not self.config.allow_changed_weights:
-            raise ValueError(
-                "the checkpoint was trained with other weights:\n  "
-                + "\n  ".join(changed)
-                + "\nUse the settings and data of the checkpoint, start anew with --finetune, or accept it with "
-                "model.exact.allow_changed_weights=true. Another census alone means that Megatron-LM packs other samples: data, "
-                "--split, --seed, or a number of samples that --train-iters or --global-batch-size changed"
-            )
-        logger.warning("resumed with other weights: %s", "; ".join(changed))
 
     def _summary(self, table: WeightTable, builder: ExactDatasetBuilder) -> list[str]:
         args = _arguments()
@@ -325,27 +305,6 @@ def whole_intervals(training_log: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return logged
-
-
-def table_lines(table: WeightTable) -> list[str]:
-    """The weight table as lines of text: window, tau, tail share, and a line for each bucket."""
-    head = f"window {table.seq_length}, tau {table.config.tau}, tail {table.tail_share:.1%} of the targets, "
-    lines = [f"weights     {head}{table.weighted_tail_share:.1%} of the weight, table {table.digest}"]
-    for row in table.rows():
-        lines.append(
-            f"            {row['low']:>7}-{row['high']:<7} {row['share']:>7.2%} of the targets, weight {row['weight']:.6f}"
-        )
-    return lines
-
-
-def _progress(_: dict[str, Any]) -> tuple[int, int]:
-    args = _arguments()
-    return args.curr_iteration, args.train_iters
-
-
-def _say(line: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(line, flush=True)
 
 
 def _arguments() -> Any:

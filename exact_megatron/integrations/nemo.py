@@ -33,10 +33,10 @@ from ..dataset import ExactDatasetBuilder
 from ..loss import ExactLoss, gpt_loss
 from .documents import MaskAttention, check_masked, feed_documents, masking_documents
 from .hooks import replaced
-from .megatron_lm import table_lines
 from .megatron_lm_plan import core_version
-from .nemo_plan import check_resumed, check_version, masked, refusals, settings
+from .nemo_plan import check_version, masked, refusals, settings
 from .reports import LossSums
+from .weights import check_resumed, table_lines
 
 check_version(nemo.__version__)
 
@@ -198,7 +198,9 @@ class ExactGPTModel(host.MegatronGPTModel):
         checkpoint["exact"] = self.exact.state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_resumed(checkpoint.get("exact"), self.exact.state, self.exact.config)
+        check_resumed(
+            checkpoint.get("exact"), self.exact.state, self.exact.config, "start anew with another exp_manager.exp_dir"
+        )
         super().on_load_checkpoint(checkpoint)
 
 

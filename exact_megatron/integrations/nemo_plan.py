@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -10,8 +9,6 @@ from typing import Any
 
 from ..config import ExactConfig, ExactError, parse_scalar
 from .settings import take_settings
-
-logger = logging.getLogger(__name__)
 
 BRIDGE = "Megatron-Bridge is where NeMo trains language models now: exact_megatron.integrations.bridge"
 RECIPES = "NeMo 2 recipes are hooked by exact_megatron.integrations.nemo_recipes"
@@ -92,28 +89,3 @@ def refusals(model: Mapping[str, Any], config: ExactConfig) -> list[str]:
 def masked(model: Mapping[str, Any]) -> bool:
     """Whether the user asked for documents to be masked."""
     return bool((model.get("data") or {}).get("reset_attention_mask"))
-
-
-def check_resumed(before: Mapping[str, Any] | None, now: Mapping[str, Any], config: ExactConfig) -> None:
-    """Compare the weights of a checkpoint with the run's.
-
-    Args:
-        before: the settings, "table" and "census" that the checkpoint holds; None or empty if it was trained without EXACT.
-        now: the run's own.
-
-    Raises:
-        ValueError: they differ, unless config.allow_changed_weights; both values are named.
-    """
-    if not before or all(before[key] == now[key] for key in ("table", "census")):
-        return
-    changed = [
-        f"{key}: {before.get(key)} in the checkpoint, now {now[key]}" for key in now if before.get(key) != now[key]
-    ]
-    if not config.allow_changed_weights:
-        raise ValueError(
-            "the checkpoint was trained with other weights:\n  "
-            + "\n  ".join(changed)
-            + "\nUse the settings, the data and "
-            "trainer.max_steps of the checkpoint, or accept it with model.exact.allow_changed_weights=true"
-        )
-    logger.warning("resumed with other weights: %s", "; ".join(changed))

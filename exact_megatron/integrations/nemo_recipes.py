@@ -22,9 +22,9 @@ from ..dataset import ExactDatasetBuilder, ExactGPTDataset, members
 from ..loss import ExactLoss, gpt_loss
 from ..supported import unsupported_loss
 from .documents import MaskAttention, check_masked, join_boundaries, masking_documents
-from .megatron_lm import table_lines
-from .nemo_plan import check_resumed, check_version, settings
+from .nemo_plan import check_version, settings
 from .reports import LossSums
+from .weights import check_resumed, table_lines
 
 check_version(nemo.__version__, recipes=True)
 
@@ -102,7 +102,7 @@ class ExactCallback(Callback):
             )
         reasons = self._refusals(trainer, pl_module, data)
         if reasons:
-            raise ValueError("EXACT refuses this run:\\n  " + "\\n  ".join(reasons))
+            raise ValueError("EXACT refuses this run:\n  " + "\n  ".join(reasons))
         self.masked = bool(data.reset_attention_mask)
         for part in parts:
             part.seen = True
@@ -129,7 +129,7 @@ class ExactCallback(Callback):
         if trainer.global_rank == 0:
             masking = "masked by DocumentAttention" if self.masked else "not masked (allow_unmasked_documents)"
             hooked = "hooked      data, loss and attention of NeMo's GPTModel"
-            print("\\n  ".join(["EXACT", hooked, f"masking     {masking}", *table_lines(builder.table)]), flush=True)
+            print("\n  ".join(["EXACT", hooked, f"masking     {masking}", *table_lines(builder.table)]), flush=True)
 
     def _refusals(self, trainer: Any, pl_module: Any, data: Any) -> list[str]:
         if not isinstance(pl_module, GPTModel):
@@ -207,4 +207,4 @@ class ExactCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.state:
-            check_resumed(state_dict, self.state, self.config)
+            check_resumed(state_dict, self.state, self.config, "start anew with another log directory")
