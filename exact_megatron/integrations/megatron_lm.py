@@ -307,6 +307,16 @@ def whole_intervals(training_log: Callable[..., Any]) -> Callable[..., Any]:
     return logged
 
 
+def _progress(_: dict[str, Any]) -> tuple[int, int]:
+    args = _arguments()
+    return args.curr_iteration, args.train_iters
+
+
+def _say(line: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line, flush=True)
+
+
 def _arguments() -> Any:
     from megatron.training import get_args
 
