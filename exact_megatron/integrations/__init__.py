@@ -4,4 +4,6 @@
 * hooks: replacing parts of a host while it trains.
 * documents: DocumentAttention in a host's model, and the boundaries on every rank of every stage.
 * megatron_lm: Megatron-LM's pretrain_gpt.py; megatron_lm_plan: what of its arguments is refused, who masks documents.
+* nemo: NeMo's YAML-configured MegatronGPTModel; nemo_recipes: NeMo 2's GPTModel; nemo_plan: versions, settings, what is refused.
+* reports: sums of the losses for hosts whose own log carries one.
 """
