@@ -53,11 +53,11 @@ class HuggingFaceScorer:
         import torch
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(model.config, name, None) not in (None, 1, 1.0):
                 raise ValueError(f"{folder}: {name}={getattr(model.config, name)} in config.json is not supported here")
-        self.model = model.to(device).eval()
+        self.model: Any = model.to(device).eval()
         self.device = device
         self.vocab_size = int(model.config.vocab_size)
 
