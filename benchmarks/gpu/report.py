@@ -211,6 +211,9 @@ def write(folder: Path, output: Path, note: str = "") -> Path:
     if measured:
         versions = ", ".join(f"{name} {version}" for name, version in measured[-1]["versions"].items())
         text.append(f"{measured[-1]['CPU']}. {versions}. One GPU.")
+    if (folder / "machine.txt").exists():
+        seen = dict.fromkeys((folder / "machine.txt").read_text().splitlines())  # the same lines of every call once
+        text.append("\n".join(f"    {line}" for line in seen))
     text.append("Written by `benchmarks/gpu/report.py` from what the scripts there measured.")
 
     def section(title: str, body: str) -> None:
