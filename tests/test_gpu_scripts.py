@@ -109,6 +109,10 @@ def test_report_says_what_is_missing(results, tmp_path):
     (results / "ceiling.json").write_text(json.dumps(FIXTURE | {"GPU": "another", "setup": "", "rows": []}))
     with pytest.raises(ValueError, match="mixes results of"):
         report.write(results, tmp_path / "docs")
+    (tmp_path / "dry").mkdir()
+    (tmp_path / "dry" / "ceiling.json").write_text(json.dumps(FIXTURE | {"GPU": "none", "setup": "", "rows": []}))
+    with pytest.raises(ValueError, match="dry run on a CPU"):
+        report.write(tmp_path / "dry", tmp_path / "docs")
     (tmp_path / "empty").mkdir()
     assert report.main([str(tmp_path / "empty")]) == 2
 
