@@ -82,6 +82,7 @@ def results(tmp_path):
            "last losses": 2.5, "tokens/s": 123456.0, "command": "x",
            "validation": {"validation_loss": 2.345, "buckets": {"2048-4096": {"loss": 1.987, "targets": 4321}}}}  # fmt: skip
     write("cpt.json", json.dumps({"runs": [run], "finished": 1, "tasks": 4, "arms": ["exact"], "lr": 2e-4}))
+    write("machine.txt", "Transformer Engine 0.0 fixture\nsecond line\nTransformer Engine 0.0 fixture\n")
     write("commands.txt", "$ python -m exact_megatron benchmark throughput\n")
     return tmp_path
 
@@ -97,6 +98,7 @@ def test_report_of_a_fixture(results, tmp_path):
         "    $ python -m exact_megatron benchmark throughput", "blockwise | 1.001", "A fixture.",
     ):  # fmt: skip
         assert words in text, words
+    assert text.count("    Transformer Engine 0.0 fixture\n    second line\n") == text.count("Transformer Engine") == 1
     assert text.count("**missed**") == 2 and "Not measured" not in text
 
 
@@ -107,6 +109,10 @@ def test_report_says_what_is_missing(results, tmp_path):
     (results / "ceiling.json").write_text(json.dumps(FIXTURE | {"GPU": "another", "setup": "", "rows": []}))
     with pytest.raises(ValueError, match="mixes results of"):
         report.write(results, tmp_path / "docs")
+    (tmp_path / "dry").mkdir()
+    (tmp_path / "dry" / "ceiling.json").write_text(json.dumps(FIXTURE | {"GPU": "none", "setup": "", "rows": []}))
+    with pytest.raises(ValueError, match="dry run on a CPU"):
+        report.write(tmp_path / "dry", tmp_path / "docs")
     (tmp_path / "empty").mkdir()
     assert report.main([str(tmp_path / "empty")]) == 2
 
