@@ -4,10 +4,10 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import PositionTokenizer, context_of_targets, uneven_lengths
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from references import PositionTokenizer, context_of_targets, uneven_lengths
 
 from exact_megatron import ExactConfig, ExposureCensus, WeightTable
 from exact_megatron.dataset import ExactDatasetBuilder, members

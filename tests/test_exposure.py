@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import PositionTokenizer, context_of_targets, uneven_lengths
+from references import PositionTokenizer, context_of_targets, uneven_lengths
 
 from exact_megatron import ExposureCensus, effective_context, log2_bucket_edges
 from exact_megatron import packing as packing_module

@@ -278,7 +278,7 @@ class Host:
 
 @pytest.fixture
 def config(write_corpus, tmp_path):
-    from conftest import PositionTokenizer
+    from references import PositionTokenizer
 
     prefix = write_corpus(np.array([5, 70, 33, 9, 120, 64, 40, 11, 90], np.int32))
     return GPTDatasetConfig(
