@@ -71,12 +71,12 @@ def test_a_run_from_end_to_end(tmp_path):
     keep = ["every_n_train_steps=1", "save_top_k=-1"]
     keep = [f"exp_manager.checkpoint_callback_params.{setting}" for setting in keep]
     train = ["train", "--config", str(config), *steps, *keep]
-    done = subprocess.run([sys.executable, "-m", "exact_megatron", *train], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-m", "exact_megatron", *train], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     out = [tmp_path / "probes.json", tmp_path / "probes.png"]
     probe = [str(tmp_path / "run"), "--batches", "1", "--json", str(out[0]), "--plot", str(out[1])]
     done = subprocess.run(
-        [sys.executable, "-m", "exact_megatron.qk_probes", *probe], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "exact_megatron.qk_probes", *probe], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (result,) = json.loads(out[0].read_text())
