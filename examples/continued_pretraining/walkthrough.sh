@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The walk of README.md, end to end, with the time of every step: `make walkthrough`. Needs two cores, 8 GB and no GPU.
+# The walk of README.md, end to end, with the time of every step: `make walkthrough`. Needs two cores, 12 GB and no GPU.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 run=${RUN:-runs/walkthrough}
