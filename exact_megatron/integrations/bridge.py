@@ -23,15 +23,17 @@ import torch's and Bridge's training modules. What is hooked is hooked when it i
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
 
-from ..config import PREFIX, ExactConfig, ExactError
-from .hooks import when_imported
-from .settings import given_settings, read_block
+from ..config import PREFIX, TIMING_PREFIX, ExactConfig, ExactError, QKTimingConfig, split_overrides
+from .hooks import replaced, when_imported
+from .settings import given_settings, read_block, take_timing
 
 LAUNCHER = "exact_megatron.integrations.bridge_launch"
 _installed: Installation | None = None
@@ -66,14 +68,18 @@ class Installation:
         script: path of the script that the process runs.
         rest: the command line without EXACT's settings.
         training: the MegatronBridge that ran, None before it and where EXACT is not enabled.
+        ran: whether Bridge's pretrain was called.
         launched: whether the script runs under the launcher, which has to be there again when the script starts anew.
     """
 
     def __init__(self, command: list[str], environment: Mapping[str, str], defaults: Mapping[str, Any]) -> None:
         self.script = os.path.abspath(command[0])
-        self._given, self.rest = given_settings(command[1:], environment)
-        self._block = dict(defaults)
+        self._command, self._environment = list(command[1:]), dict(environment)
+        self._given, self.rest = given_settings(take_timing(self._command, environment)[1], environment)
+        self._block: dict[str, Any] = dict(defaults)
+        self._timing_block: dict[str, Any] = {}
         self.training: Any = None
+        self.ran = False
         self.launched = False
         _ = self.config  # raises for what is wrong with the defaults
 
@@ -82,21 +88,28 @@ class Installation:
         """The settings as far as they have been read: a YAML block is there once the script has applied it."""
         return ExactConfig.from_mapping({**self._block, **self._given})
 
+    @property
+    def timing(self) -> QKTimingConfig:
+        """The settings of query/key timing, as `config`."""
+        return take_timing(self._command, self._environment, self._timing_block)[0]
+
     def take_block(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return Bridge's configuration, {"model": {...}, ...}, without model.exact, which is kept here.
+        """Return Bridge's configuration, {"model": {...}, ...}, without model.exact and model.qk_timing, which are kept here.
 
         Raises:
             ValueError: an unknown setting, or a value of the wrong kind.
         """
         model = config.get("model")
-        if not isinstance(model, Mapping) or "exact" not in model:
+        blocks = {"exact": self._block, "qk_timing": self._timing_block}
+        if not isinstance(model, Mapping) or not blocks.keys() & model.keys():
             return config
-        block = model["exact"]
-        if block is not None and not isinstance(block, Mapping):
-            raise ValueError(f"model.exact must hold settings, {{enabled: true}}, and is {block!r}")
-        self._block.update(read_block(block))
-        _ = self.config  # raises for a typo here, and not when training starts
-        return {**config, "model": {key: value for key, value in model.items() if key != "exact"}}
+        for name in blocks.keys() & model.keys():
+            block = model[name]
+            if block is not None and not isinstance(block, Mapping):
+                raise ValueError(f"model.{name} must hold settings, {{enabled: true}}, and is {block!r}")
+            blocks[name].update(read_block(block))
+        _ = self.config, self.timing  # raises for a typo here, and not when training starts
+        return {**config, "model": {key: value for key, value in model.items() if key not in blocks}}
 
     def hook(self) -> None:
         """Hook Bridge's modules, those that are imported already now and the others at their import."""
@@ -132,13 +145,21 @@ class Installation:
 
         @functools.wraps(stock)
         def pretrain(*args: Any, **kwargs: Any) -> Any:
-            config = self.config
-            if not config.enabled:
-                return stock(*args, **kwargs)
-            from .bridge_training import MegatronBridge
+            config, timing = self.config, self.timing
+            self.ran = True
+            with ExitStack() as stack:
+                if timing.enabled:
+                    from ..qk_timing import bridge_progress, timed_train_step
 
-            self.training = MegatronBridge(config)
-            return self.training.pretrain(stock, *args, **kwargs)
+                    train = importlib.import_module("megatron.bridge.training.train")
+                    timed = timed_train_step(train.train_step, timing, bridge_progress, _say)
+                    stack.enter_context(replaced(train, "train_step", timed))
+                if not config.enabled:
+                    return stock(*args, **kwargs)
+                from .bridge_training import MegatronBridge
+
+                self.training = MegatronBridge(config)
+                return self.training.pretrain(stock, *args, **kwargs)
 
         module._pretrain = pretrain  # type: ignore[attr-defined]
 
@@ -162,13 +183,19 @@ class Installation:
         """
         if len(command) > 1 and os.path.realpath(command[1]) == os.path.realpath(self.script):
             settings = [f"{PREFIX}{key}={'null' if value is None else value}" for key, value in self._given.items()]
+            settings += split_overrides(self._command, TIMING_PREFIX)[0]
             return [command[0], *(["-m", LAUNCHER] if self.launched else []), *command[1:], *settings]
-        if self.config.enabled:
+        if self.config.enabled or self.timing.enabled:
             raise ExactError(
                 f"{self.script} is about to replace its process by {command}, where EXACT would not be hooked: start that under EXACT, "
                 "or set model.exact.enabled=false"
             )
         return command
+
+
+def _say(line: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line, flush=True)
 
 
 def _there(owner: Any, name: str) -> Any:

@@ -46,10 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     # more, which is then this one and not the training script.
     names = {"__name__": "__main__", "__file__": os.path.abspath(script)}
     exec(compile(script.read_bytes(), str(script), "exec"), names)
-    if installed.config.enabled and installed.training is None:
-        raise ExactError(
-            f"{script} ended and never called Megatron-Bridge's pretrain: model.exact.enabled=true, but nothing was hooked"
-        )
+    if (installed.config.enabled or installed.timing.enabled) and not installed.ran:
+        asked = "model.exact.enabled=true" if installed.config.enabled else "model.qk_timing.enabled=true"
+        raise ExactError(f"{script} ended and never called Megatron-Bridge's pretrain: {asked}, but nothing was hooked")
     return 0
 
 

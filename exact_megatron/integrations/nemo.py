@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -28,14 +29,16 @@ import nemo
 import torch
 from omegaconf import OmegaConf, open_dict
 
-from ..config import ExactConfig, ExactError
+from ..config import ExactConfig, ExactError, QKTimingConfig
 from ..dataset import ExactDatasetBuilder
 from ..loss import ExactLoss, gpt_loss
+from ..qk_timing import before_nemo_step
 from .documents import MaskAttention, check_masked, feed_documents, masking_documents
 from .hooks import replaced
 from .megatron_lm_plan import core_version
-from .nemo_plan import check_version, masked, refusals, settings
+from .nemo_plan import check_version, masked, refusals, said, settings
 from .reports import LossSums
+from .settings import take_timing
 from .weights import check_resumed, table_lines
 
 check_version(nemo.__version__)
@@ -55,11 +58,15 @@ def install() -> None:
     gpt, base = host.MegatronGPTModel, MegatronBaseModel
     if getattr(gpt.__init__, "exact", False):
         return
-    build_gpt, build_any = gpt.__init__, base.__init__
+    build_gpt, build_any, train = gpt.__init__, base.__init__, gpt.training_step
 
     @functools.wraps(build_gpt)
     def gpt_built(model: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
-        config = _settings(cfg)
+        config, timing = _settings(cfg), _timing(cfg)
+        if timing.enabled:
+            cfg = copy.deepcopy(cfg)
+            with open_dict(cfg):
+                cfg.pop("qk_timing")
         if config.enabled and type(model) is gpt:
             reasons = refusals(cfg, config)
             if reasons:
@@ -71,9 +78,20 @@ def install() -> None:
             model.__class__ = ExactGPTModel
             model.exact = _Run(config)
         build_gpt(model, cfg, *args, **kwargs)
+        model.qk_timing = timing
+
+    @functools.wraps(train)
+    def trained(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.qk_timing.enabled:
+            before_nemo_step(model.qk_timing, model.trainer, model.get_model_module_list(), _say)
+        return train(model, *args, **kwargs)
 
     @functools.wraps(build_any)
     def any_built(model: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(model, gpt) and _timing(cfg).enabled:
+            raise ExactError(
+                f"model.qk_timing.enabled=true, but {type(model).__name__} is no MegatronGPTModel. Set it to false"
+            )
         if not isinstance(model, ExactGPTModel) and _settings(cfg).enabled:
             raise ExactError(
                 f"model.exact.enabled=true, but EXACT weights MegatronGPTModel and not {type(model).__name__}, which has data or a "
@@ -82,7 +100,7 @@ def install() -> None:
         build_any(model, cfg, *args, **kwargs)
 
     gpt_built.exact = True  # type: ignore[attr-defined]
-    gpt.__init__, base.__init__ = gpt_built, any_built
+    gpt.__init__, base.__init__, gpt.training_step = gpt_built, any_built, trained
 
 
 def _settings(cfg: Any) -> ExactConfig:
@@ -93,6 +111,21 @@ def _settings(cfg: Any) -> ExactConfig:
         with open_dict(cfg):
             cfg.exact = config.to_dict()
     return config
+
+
+def _timing(cfg: Any) -> QKTimingConfig:
+    """Read model.qk_timing, and write what was not said into it."""
+    block: Any = OmegaConf.to_container(cfg.qk_timing, resolve=True) if cfg.get("qk_timing") else None
+    timing = take_timing([], os.environ, said(block))[0]
+    if block is not None:
+        with open_dict(cfg):
+            cfg.qk_timing = timing.to_dict()
+    return timing
+
+
+def _say(line: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line, flush=True)
 
 
 class _Run:

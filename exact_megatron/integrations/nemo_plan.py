@@ -50,9 +50,13 @@ def settings(block: Mapping[str, Any] | None, environment: Mapping[str, str] | N
         ValueError: an unknown key, with the nearest known one, or a value of the wrong kind.
     """
     base, _ = take_settings([], os.environ if environment is None else environment)
-    said = {key: value for key, value in (block or {}).items() if value != "???"}
-    given = {key: parse_scalar(value) if isinstance(value, str) else value for key, value in said.items()}
-    return ExactConfig.from_mapping({**base.to_dict(), **given})
+    return ExactConfig.from_mapping({**base.to_dict(), **said(block)})
+
+
+def said(block: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The keys of a block that somebody set, as values; "???" stands where nobody did."""
+    given = {key: value for key, value in (block or {}).items() if value != "???"}
+    return {key: parse_scalar(value) if isinstance(value, str) else value for key, value in given.items()}
 
 
 def refusals(model: Mapping[str, Any], config: ExactConfig) -> list[str]:

@@ -17,9 +17,10 @@ from typing import Any
 import nemo
 import torch
 
-from ..config import ExactError
+from ..config import ExactError, QKTimingConfig
 from ..dataset import ExactDatasetBuilder, ExactGPTDataset, members
 from ..loss import ExactLoss, gpt_loss
+from ..qk_timing import before_nemo_step
 from ..supported import unsupported_loss
 from .documents import MaskAttention, check_masked, join_boundaries, masking_documents
 from .nemo_plan import check_version, settings
@@ -208,3 +209,23 @@ class ExactCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.state:
             check_resumed(state_dict, self.state, self.config, "start anew with another log directory")
+
+
+class QKTimingCallback(Callback):
+    """Query/key timing (exact_megatron.qk_timing) for a recipe, with or without ExactCallback.
+
+    Args:
+        options: of QKTimingConfig; enabled is true.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.config = QKTimingConfig.from_mapping({"enabled": True, **options})
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if self.config.enabled:
+            before_nemo_step(self.config, trainer, list(trainer.strategy.megatron_parallel), self._say)
+
+    @staticmethod
+    def _say(line: str) -> None:
+        if torch.distributed.get_rank() == 0:
+            print(line, flush=True)

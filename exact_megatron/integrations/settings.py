@@ -28,6 +28,7 @@ NOT_SETTINGS = frozenset(
     {"EXACT_CONFIG", "EXACT_WARNINGS"}
 )  # EXACT_CONFIG names a file, EXACT_WARNINGS is the command's
 KEYS = tuple(field.name for field in dataclasses.fields(ExactConfig))
+TIMING_KEYS = tuple(field.name for field in dataclasses.fields(QKTimingConfig))
 SWITCHES = tuple(field.name for field in dataclasses.fields(ExactConfig) if isinstance(field.default, bool))
 
 

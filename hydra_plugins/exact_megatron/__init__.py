@@ -1,9 +1,10 @@
-"""Hydra plugin: `model.exact.*` on NeMo's stock YAML and on the user's own, for scripts that import MegatronGPTModel.
+"""Hydra plugin: `model.exact.*` and `model.qk_timing.*` on NeMo's stock YAML and on the user's own, for scripts that import
+MegatronGPTModel.
 
 Hydra imports every module of `hydra_plugins` in every Hydra program. This one does nothing in a program that has not
 imported NeMo's MegatronGPTModel by the time Hydra reads its configuration, and imports nothing that Hydra has not imported.
 
-In such a program every YAML file is read through a source of our own that gives `model:` a block `exact` with all keys, so that
+In such a program every YAML file is read through a source of our own that gives `model:` these blocks with all keys, so that
 Hydra knows them (NeMo's configurations are closed: a bare `model.exact.enabled=true` would be refused, and a misspelled key still
 is). Keys that a file does not set are "???", OmegaConf's word for a value to come: when files are laid over each other it changes
 nothing of what the others say, and ExactConfig's default is taken where it is left at the end.
@@ -25,7 +26,7 @@ MODEL = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model"
 
 
 class ExactSource(file_config_source.FileConfigSource):
-    """YAML files of a folder, with the keys of `model.exact`."""
+    """YAML files of a folder, with the keys of `model.exact` and `model.qk_timing`."""
 
     @staticmethod
     def scheme() -> str:
@@ -39,9 +40,10 @@ class ExactSource(file_config_source.FileConfigSource):
         if "model" not in config and "/" not in config_path and result.header["package"] is None:
             config.model = {}
         if isinstance(config.get("model"), DictConfig):
-            from exact_megatron.integrations.settings import KEYS
+            from exact_megatron.integrations.settings import KEYS, TIMING_KEYS
 
-            config.model.exact = OmegaConf.merge(dict.fromkeys(KEYS, "???"), config.model.get("exact") or {})
+            for block, keys in (("exact", KEYS), ("qk_timing", TIMING_KEYS)):
+                config.model[block] = OmegaConf.merge(dict.fromkeys(keys, "???"), config.model.get(block) or {})
         return result
 
 
