@@ -39,6 +39,7 @@ LAYOUTS = {
         "pp4": [f"{PP}=4"],  # two stages that Bridge gives no batch
     },
 }
+TIMED = ["model.qk_timing.enabled=true", "model.qk_timing.hold=0.5", "model.qk_timing.anneal=0.25"]
 CASES = [name for layouts in LAYOUTS.values() for name in layouts]
 FORMS = {
     "bare": [ON, "model.exact.tau=16", "model.exact.alpha=0.5"],
@@ -85,9 +86,13 @@ def folder(tmp_path_factory):
         launch("nobody_masks", *usual, *EXACT),
         script("refused", *masked),
         script("own_data", *usual, *EXACT, ACCEPT),
+        launch("timed", *usual, *TIMED),
+        launch("timed_scale_1", *usual, *TIMED, "model.qk_timing.scale=1"),
+        call("timed_yaml", "--config-file", str(folder / "timed.yaml"), *usual),
         launch("blend", f"dataset.blend=[[{data},{other}],[0.3,0.7]]", cache, *start, MASKED, *EXACT),
         launch("tensorboard", *masked, *EXACT, f"logger.tensorboard_dir={folder}/tensorboard"),
     ]
+    (folder / "timed.yaml").write_text("model: {qk_timing: {enabled: true, hold: 0.5, anneal: 0.25}}\n")
     (folder / "typo.yaml").write_text("model: {exact: {enabled: true, gama: 1}}\n")
     for form, arguments in FORMS.items():
         arguments = [str(folder / a) if a == "exact.yaml" else a for a in arguments]
@@ -102,6 +107,7 @@ def folder(tmp_path_factory):
     for world, layouts in LAYOUTS.items():
         jobs = [launch(name, *masked, *EXACT, *flags) for name, flags in layouts.items()]
         if world == 2:
+            jobs.append(launch("timed_dp2", *usual, *TIMED, *DISTRIBUTED))
             jobs.append(launch("dp2_saved", *masked, *EXACT, *DISTRIBUTED, *save("two")))
             jobs.append(launch("dp2_resumed", *resume("two"), *EXACT, *DISTRIBUTED))
         mb.run_jobs(folder, world, jobs)
@@ -291,3 +297,12 @@ def test_tensorboard_has_the_losses_beside_each_other(logs, folder):
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     assert {"lm loss", "exact loss", "lm loss 32-64"} <= set(events.Tags()["scalars"])
+
+
+def test_query_key_timing_slows_the_first_steps_with_or_without_exact(logs):
+    timed, plain = logs("timed"), logs("plain")
+    assert timed.text.count("query/key timing: layers") == 1 and "EXACT" not in timed.text
+    assert timed.steps()[1] == plain.steps()[1] and timed.steps()[8] != plain.steps()[8]
+    assert logs("timed_scale_1").steps() == plain.steps()
+    assert logs("timed_yaml").steps() == timed.steps()
+    assert_close(logs("timed_dp2"), timed)

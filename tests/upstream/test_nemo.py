@@ -31,6 +31,7 @@ LAYOUTS = {
     "cp2": ["+model.context_parallel_size=2"],
     "cp2_gather": ["+model.context_parallel_size=2", "+model.mcore_customization_config.cp_comm_type=all_gather"],
 }
+TIMED = [*DISTRIBUTED, "model.qk_timing.enabled=true", "model.qk_timing.hold=0.5", "model.qk_timing.anneal=0.25"]
 PP2 = ["model.pipeline_model_parallel_size=2"]
 STEPS = range(6)
 
@@ -106,6 +107,9 @@ def logs(tmp_path_factory):
         job("pads", [*ON, *MASKED]),
         job("pads_mbs1", [*ON, *MASKED, "model.micro_batch_size=1"]),
         job("rope", [*EXACT, "model.position_embedding_type=rope"]),
+        job("distributed", DISTRIBUTED, plain, plugin=False),
+        job("timed", TIMED, plain),
+        job("timed_scale_1", [*TIMED, "model.qk_timing.scale=1"], plain),
         job("saved", [*EXACT, *SAVE]),
         job("resumed", [*EXACT, *SAVE, checkpoint]),
         job("changed", [*EXACT, *SAVE, checkpoint, "model.exact.alpha=0.4"]),
@@ -119,6 +123,7 @@ def logs(tmp_path_factory):
     nr.run_jobs(folder, 1, one)
     two = [job(name, [*EXACT, *more], world=2) for name, more in LAYOUTS.items()]
     two += [
+        job("timed_tp2", [*TIMED, *LAYOUTS["tp2"]], plain, world=2),
         job("cp2_rope", [*EXACT, "+model.context_parallel_size=2", "model.position_embedding_type=rope"], world=2),
         job("dp2_alpha_0", [*ON, "model.exact.alpha=0", *UNMASKED], plain, world=2),
         job("pp2", [*EXACT, *PP2], world=2),
@@ -296,3 +301,12 @@ def test_the_census_is_in_the_cache_folder(logs):
     logs("one_rank").steps()
     found = list((logs.folder / "cache").glob("*-ExactGPTDataset-train-census.json"))
     assert found and all(json.loads(path.read_text())["seq_length"] == nr.SEQ_LENGTH for path in found)
+
+
+def test_query_key_timing_slows_the_first_steps_with_or_without_exact(logs):
+    timed, plain = logs("timed").steps(), logs("distributed").steps()
+    assert logs("timed").text.count("query/key timing: layers") == 1
+    assert timed["reduced_train_loss"][0] == plain["reduced_train_loss"][0]
+    assert timed["reduced_train_loss"][5] != plain["reduced_train_loss"][5]
+    assert_same(logs("timed_scale_1"), logs("distributed"), ["reduced_train_loss", "val_loss"])
+    assert_same(logs("timed_tp2"), logs("timed"), ["reduced_train_loss", "val_loss"], rel=1e-5)
