@@ -211,6 +211,8 @@ class ExactGPTModel(host.MegatronGPTModel):
             return super().fwd_bwd_step(batches, forward_only, first_val_step)
         # One divisor for the global batch: its micro-batches are read ahead, and their targets counted.
         ahead = list(itertools.islice(batches, host.get_num_microbatches()))
+        if len(ahead) < host.get_num_microbatches():
+            raise StopIteration  # ends Lightning's epoch; from within the schedule, later stages would wait for ever
         count = torch.tensor(sum(int(batch["loss_mask"].count_nonzero()) for batch in ahead)).cuda()
         torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
         shares = len(ahead) * parallel_state.get_data_parallel_world_size()
