@@ -114,11 +114,11 @@ def run(args: argparse.Namespace) -> int:
 
     if model.kind == "megatron" and not is_rank():
         be_single_rank()
-    scorer = None
+    scorer: Any = None
     if {"distance-probe", "context-loss"} & set(args.suite):
         scorer = model.scorer(args.device, args.dtype, args.tensor_parallel)
         if getattr(scorer, "rank", 0):
-            scorer.serve()  # type: ignore[union-attr]
+            scorer.serve()
     if not getattr(scorer, "rank", 0):
         for suite in args.suite:
             _run_suite(suite, args, model, scorer)
