@@ -242,11 +242,8 @@ def greedy(folder: Path, device: str, dtype: str, max_new_tokens: int, chat: boo
 
     device, dtype = resolve(device, dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
-        .to(device)
-        .eval()
-    )
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+    model = model.to(device).eval()
     if chat and not tokenizer.chat_template:
         raise ValueError(f"--chat: the tokenizer of {folder} has no chat template")
 
