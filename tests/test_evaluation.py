@@ -125,6 +125,18 @@ def test_no_interval_with_few_units():
     assert (e.value, e.low, e.high, e.differs) == (1.0, None, None, False)
 
 
+def test_an_average_of_strata_with_few_units_has_no_interval():
+    """One item in each of 20 cells: resampling inside the cells would never change it."""
+    few = summarize([r for n in range(20) for r in bernoulli("t", n, 0.5, n=1)], Metric("M", "m"), None)["averages"][
+        "all"
+    ]
+    assert few["units"] == 20 and few["low"] is None
+    many = summarize([r for n in range(20) for r in bernoulli("t", n, 0.5, n=10)], Metric("M", "m"), None)["averages"][
+        "all"
+    ]
+    assert many["low"] < many["value"] < many["high"]
+
+
 def test_averages_split_at_the_trained_length():
     records = bernoulli("t", 1024, 1.0) + bernoulli("t", 2048, 0.5) + bernoulli("t", 4096, 0.0)
     ends_within, ends_before = Metric("M", "m"), Metric("M", "m", inclusive=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -258,9 +259,10 @@ def test_sentences_are_split_where_they_end():
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     pytest.importorskip("lm_eval")
-    from real_model import smollm2
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "continued_pretraining"))
+    from get_smollm2 import get
 
-    return smollm2()
+    return get()
 
 
 @pytest.mark.slow

@@ -45,6 +45,13 @@ class Cells:
         """int64[C], units with a count in each cell."""
         return (self.counts > 0).sum(0)
 
+    def units_of(self, columns: Sequence[int]) -> tuple[int, int]:
+        """Units that contribute to `columns`, and those of the stratum with the fewest: one unit a stratum, resampled inside
+        it, would seem to have no variance."""
+        there = (self.counts[:, list(columns)] > 0).any(1)
+        _, each = np.unique(self.strata[there], return_counts=True)
+        return int(there.sum()), int(each.min())
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -115,10 +122,10 @@ def average(cells: Cells, columns: Sequence[int], pooled: bool) -> Callable[[np.
     return of
 
 
-def estimate(value: float, resampled: np.ndarray, units: int) -> Estimate:
-    """`value` with the percentile interval of `resampled` float64[resamples]."""
+def estimate(value: float, resampled: np.ndarray, units: int, least: int | None = None) -> Estimate:
+    """`value` with the percentile interval of `resampled` float64[resamples]; `least` as of `Cells.units_of`."""
     seen = resampled[~np.isnan(resampled)]
-    if units < MIN_UNITS or not len(seen):
+    if min(units, units if least is None else least) < MIN_UNITS or not len(seen):
         return Estimate(float(value), None, None, int(units))
     low, high = np.percentile(seen, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
     return Estimate(float(value), float(low), float(high), int(units))

@@ -125,9 +125,13 @@ def compare_suite(a: Path, b: Path, trained_length: int | None = None) -> Pair:
     means = {}
     for name, columns in averages(cells[0], metric, trained_length).items():
         mean = average(cells[0], columns, metric.pooled)
-        units = int((cells[0].counts[:, columns] > 0).any(1).sum())
         means[name] = _row(
-            a.name, "average", name, [mean(c.values) for c in cells], [mean(r) for r in resampled], units
+            a.name,
+            "average",
+            name,
+            [mean(c.values) for c in cells],
+            [mean(r) for r in resampled],
+            *cells[0].units_of(columns),
         )
     notes = [
         f"settings differ in {key}: A {one}, B {two}"
@@ -140,9 +144,17 @@ def compare_suite(a: Path, b: Path, trained_length: int | None = None) -> Pair:
     return Pair(a.name, metric, rows, means, notes)
 
 
-def _row(suite: str, task: str, length: Any, values: Sequence[Any], samples: Sequence[Any], units: Any) -> Row:
+def _row(
+    suite: str,
+    task: str,
+    length: Any,
+    values: Sequence[Any],
+    samples: Sequence[Any],
+    units: Any,
+    least: int | None = None,
+) -> Row:
     one, two = (float(v) for v in values)
-    return Row(suite, task, length, one, two, estimate(two - one, samples[1] - samples[0], int(units)))
+    return Row(suite, task, length, one, two, estimate(two - one, samples[1] - samples[0], int(units), least))
 
 
 def difference_text(row: Row, metric: Metric) -> str:

@@ -250,7 +250,7 @@ def greedy(folder: Path, device: str, dtype: str, max_new_tokens: int, chat: boo
     def generate(prompt: str) -> tuple[str, int]:
         if chat:
             said = [{"role": "system", "content": "You are a helpful assistant"}, {"role": "user", "content": prompt}]
-            prompt = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            prompt = str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(device)
         inputs.pop("token_type_ids", None)
         with torch.no_grad():
@@ -264,7 +264,7 @@ def greedy(folder: Path, device: str, dtype: str, max_new_tokens: int, chat: boo
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             )
         tokens = inputs["input_ids"].shape[1]
-        return tokenizer.decode(out[0, tokens:], skip_special_tokens=True), tokens
+        return str(tokenizer.decode(out[0, tokens:], skip_special_tokens=True)), tokens
 
     return generate
 

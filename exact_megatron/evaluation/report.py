@@ -44,7 +44,7 @@ def summarize(records: Sequence[dict[str, Any]], metric: Metric, trained_length:
     means = {}
     for name, columns in averages(cells, metric, trained_length).items():
         mean = average(cells, columns, metric.pooled)
-        means[name] = estimate(float(mean(values)), mean(samples), int((cells.counts[:, columns] > 0).any(1).sum()))
+        means[name] = estimate(float(mean(values)), mean(samples), *cells.units_of(columns))
     return {
         "cells": [{"task": task, "length": length, **e.__dict__} for (task, length), e in zip(cells.names, found)],
         "averages": {name: e.__dict__ for name, e in means.items()},
@@ -100,7 +100,7 @@ def write_suite_report(folder: Path, results: dict[str, Any], quiet: bool = Fals
     """Print the table of a suite, and write report.md and curve.png into its folder."""
     metric, summary = metric_of(results), results["summary"]
     head, rows = table_rows(summary, metric)
-    heading = f"{metric.title}: {metric.name}" + (" x 100" if metric.scale == 100 else "")
+    heading = f"{metric.title}: {metric.name}"
     lines = [f"Average {line}" for line in average_lines(summary, metric)]
     lines += [f"{key}: {value}" for key, value in results.get("scores", {}).items()]
     lines += [f"In brackets: {summary['interval']}; none with too few units."]

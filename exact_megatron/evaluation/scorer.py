@@ -57,7 +57,7 @@ class HuggingFaceScorer:
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(model.config, name, None) not in (None, 1, 1.0):
                 raise ValueError(f"{folder}: {name}={getattr(model.config, name)} in config.json is not supported here")
-        self.model: Any = model.to(device).eval()
+        self.model = model.eval().to(torch.device(device))
         self.device = device
         self.vocab_size = int(model.config.vocab_size)
 

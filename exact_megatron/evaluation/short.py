@@ -43,9 +43,8 @@ def local_data(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{folder} holds splits as {' and '.join(sorted(kinds))}: use one kind of file")
     splits = {f.stem: str(f) for f in files}
     named = {"training_split": "train", "validation_split": "validation"}
-    absent = {
-        key: None for key, split in named.items() if split not in splits
-    }  # else lm-eval reads them for few-shot examples
+    # lm-eval reads these splits for few-shot examples as soon as a task names them
+    absent = {key: None for key, split in named.items() if split not in splits}
     return {"dataset_path": kinds.pop(), "dataset_name": None, "dataset_kwargs": {"data_files": splits}, **absent}
 
 
