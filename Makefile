@@ -73,8 +73,8 @@ test-bridge: $(VENV_BRIDGE)/.installed  ## the real pretrain() of Megatron-Bridg
 test-bridge-0.6: $(VENV_BRIDGE06)/.installed  ## the same tests on 0.6.2, Python 3.12
 	MEGATRON_BRIDGE=$(MEGATRON_BRIDGE) $(VENV_BRIDGE06)/bin/python -m pytest -q -m upstream tests/upstream/test_bridge.py
 
-walkthrough: setup  ## a published model: weights, documents, census, EXACT steps, back to Hugging Face; in runs/walkthrough
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/continued_pretraining/walkthrough.sh
+walkthrough: setup $(VENV_EVAL)/.installed  ## a published model: weights, documents, census, EXACT steps, back, every suite; in runs/walkthrough
+	EVALUATE="$(CURDIR)/$(VENV_EVAL)/bin/exact-megatron" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/continued_pretraining/walkthrough.sh
 
 test-slurm: setup  ## the jobs of slurm/ on four virtual nodes, as root; on a cluster: EXACT_SLURM=existing make test-slurm SHARED=/shared/folder
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m slurm tests/slurm --durations=10 $(if $(SHARED),--basetemp $(SHARED)/test-slurm)

@@ -43,6 +43,32 @@ exact-megatron convert megatron-to-hf "$run/exact" "$run/hf"
 step "7 transformers reads it"
 python "$here/generate.py" "$run/hf"
 
-# Step 8, evaluate: the lead joins `exact-megatron evaluate "$run/hf" --suite ...` here.
+step "8 evaluate: every suite with a handful of items, before and after, and the comparison"
+# RULER and the short tasks need lm-eval, which has an environment of its own (`make test-eval` makes the same); NoLiMa's files and the
+# short tasks' data are brought by the user, and own-made stand-ins of the same form take their place here.
+evaluate=${EVALUATE:-exact-megatron}
+python - "$here/../../tests" "$run/brought" <<'PY'
+import sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+import own_items
+
+folder = Path(sys.argv[2])
+folder.mkdir()
+own_items.write_nolima(folder, words=1200)
+own_items.write_short(folder / "short", ["piqa"])
+PY
+needles=$(echo "$run"/brought/*.json)
+books=$(dirname "$(find "$run/brought" -name 'book*.txt' | head -n1)")
+for arm in before after; do
+    source=$model
+    [ "$arm" = after ] && source="$run/hf"
+    "$evaluate" evaluate "$source" --output "$run/evaluation/$arm" --suite distance-probe context-loss ruler nolima \
+        --limit 2 --trained-length 2048 --distances 64 512 2048 --data "$run/data/stdlib" --window 1024 \
+        --lengths 1024 --tasks niah_single_1 vt --needles "$needles" --haystacks "$books" --depths 2 --max-new-tokens 8
+    "$evaluate" evaluate "$source" --output "$run/evaluation/$arm" --suite short --datasets "$run/brought/short" --limit 2
+done
+"$evaluate" evaluate compare "$run/evaluation/before" "$run/evaluation/after" --output "$run/evaluation/compare"
 
 step "done"
