@@ -51,10 +51,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # hydra_plugins is Hydra's namespace, shared with other distributions: no __init__.py there
+    # hydra_plugins is Hydra's namespace, shared with other distributions: no __init__.py there. Named itself too, or an
+    # editable install hides the folder from Hydra's scan.
     packages=[
         *find_packages(include=["exact_megatron", "exact_megatron.*"]),
-        *find_namespace_packages(include=["hydra_plugins.*"]),
+        *find_namespace_packages(include=["hydra_plugins", "hydra_plugins.*"]),
     ],
     package_data={"exact_megatron": ["py.typed", "comparison.md"]},
     install_requires=["numpy>=1.24"],
