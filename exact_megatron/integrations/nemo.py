@@ -58,7 +58,7 @@ def install() -> None:
     gpt, base = host.MegatronGPTModel, MegatronBaseModel
     if getattr(gpt.__init__, "exact", False):
         return
-    build_gpt, build_any, train = gpt.__init__, base.__init__, gpt.training_step
+    build_gpt, build_any, step = gpt.__init__, base.__init__, gpt.fwd_bwd_step
 
     @functools.wraps(build_gpt)
     def gpt_built(model: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
@@ -80,11 +80,12 @@ def install() -> None:
         build_gpt(model, cfg, *args, **kwargs)
         model.qk_timing = timing
 
-    @functools.wraps(train)
-    def trained(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if model.qk_timing.enabled:
+    # Not training_step: Lightning reads that one's arguments.
+    @functools.wraps(step)
+    def stepped(model: Any, dataloader_iter: Any, forward_only: bool, *args: Any, **kwargs: Any) -> Any:
+        if model.qk_timing.enabled and not forward_only:
             before_nemo_step(model.qk_timing, model.trainer, model.get_model_module_list(), _say)
-        return train(model, *args, **kwargs)
+        return step(model, dataloader_iter, forward_only, *args, **kwargs)
 
     @functools.wraps(build_any)
     def any_built(model: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
@@ -100,7 +101,7 @@ def install() -> None:
         build_any(model, cfg, *args, **kwargs)
 
     gpt_built.exact = True  # type: ignore[attr-defined]
-    gpt.__init__, base.__init__, gpt.training_step = gpt_built, any_built, trained
+    gpt.__init__, base.__init__, gpt.fwd_bwd_step = gpt_built, any_built, stepped
 
 
 def _settings(cfg: Any) -> ExactConfig:
