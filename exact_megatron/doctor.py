@@ -19,6 +19,7 @@ from .allocation import WeightTable
 from .config import ExactConfig, ExactError
 from .exposure import ExposureCensus
 from .integrations.megatron_lm_plan import plan_masking, read_arguments, refusals, training_data
+from .integrations.nemo_plan import check_version
 from .launch import parse
 from .packing import read_index
 
@@ -115,15 +116,22 @@ def hosts(checkout: Path | None) -> dict[str, str]:
     found["Megatron-LM"] = (
         megatron_lm(checkout) if checkout else "not looked at: name its pretrain_gpt.py, or set MEGATRON_LM"
     )
-    for host, package, module in (("NeMo", "nemo-toolkit", "nemo"), ("Megatron-Bridge", "megatron-bridge", "bridge")):
-        version = _version(package)
-        if not version[:1].isdigit():
-            found[host] = "not installed"
-        elif importlib.util.find_spec(f"exact_megatron.integrations.{module}") is None:
-            found[host] = f"no: {version} is installed, this version of exact_megatron does not hook it"
-        else:
-            found[host] = f"hookable: {version}, see docs/hosts.md"
+    bridge, nemo = _version("megatron-bridge"), _version("nemo-toolkit")
+    found["Megatron-Bridge"] = (
+        f"hookable: {bridge}, exact_megatron.integrations.bridge" if bridge[:1].isdigit() else bridge
+    )
+    found["NeMo"] = nemo_toolkit(nemo) if nemo[:1].isdigit() else nemo
     return found
+
+
+def nemo_toolkit(version: str) -> str:
+    """Which of NeMo's language models of this version can be hooked, or why none."""
+    yaml = _problems(lambda: check_version(version))
+    recipes = _problems(lambda: check_version(version, recipes=True))
+    kinds = ["YAML (Hydra plugin)"] * (not yaml) + ["recipes (exact_megatron.integrations.nemo_recipes)"] * (
+        not recipes
+    )
+    return f"hookable: {version}, {' and '.join(kinds)}" if kinds else f"no: {yaml[0]}"
 
 
 def megatron_lm(checkout: Path) -> str:

@@ -22,8 +22,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-from .training.schema import ModelConfig, RunConfig
+if TYPE_CHECKING:
+    from .training.schema import ModelConfig, RunConfig
 
 GIB = 2**30
 OVERHEAD = 4 * GIB  # assumed: CUDA context, NCCL's buffers, workspaces of cuBLAS, cuDNN and Transformer Engine

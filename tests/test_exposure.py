@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from references import PositionTokenizer, context_of_targets, uneven_lengths
@@ -168,3 +171,15 @@ def test_position_tokenizer_reference_sees_document_starts():
     context = context_of_targets(np.array([2, 3]), np.arange(4), np.arange(1, 5))
     assert context.tolist() == [1, 0, 1, 2]
     assert PositionTokenizer.pad == -1 and packing_module.read_index
+
+
+def test_the_census_needs_numpy_and_rich_alone(write_corpus, tmp_path):
+    """On a login node: what `pip install exact-megatron[report]` brings, and no more, for the whole command."""
+    prefix = write_corpus(np.array([50, 30, 64, 200], np.int32))
+    absent = (
+        "torch megatron omegaconf tokenizers transformers tensorboard yaml tqdm safetensors lm_eval hydra zstandard"
+    )
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent.split()}))\n"
+    code += f"from exact_megatron.cli import main; sys.exit(main(['census', {prefix!r}, '--seq-length', '64']))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0 and "5 samples, 320 tokens" in ran.stdout, ran.stderr

@@ -595,6 +595,19 @@ def test_doctor_fails_for_what_the_native_runner_refuses(more, words, capsys, wr
     assert words in capsys.readouterr().out.partition("refused")[2]
 
 
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        ("1.23.0", "hookable: 1.23.0, YAML (Hydra plugin)"),
+        ("2.4.0", "hookable: 2.4.0, YAML (Hydra plugin) and recipes"),
+        ("2.7.0", "hookable: 2.7.0, recipes"),
+        ("3.0.0", "no: nemo_toolkit 3.0.0 has no Megatron"),
+    ],
+)
+def test_doctor_says_which_of_nemos_models_can_be_hooked(version, words):
+    assert doctor.nemo_toolkit(version).startswith(words)
+
+
 def test_doctor_tells_nvidias_apex_from_the_other(monkeypatch, tmp_path):
     assert doctor.apex() == "not installed"
     monkeypatch.syspath_prepend(str(tmp_path))
