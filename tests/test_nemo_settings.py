@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from exact_megatron import ExactConfig
-from exact_megatron.config import ExactError
-from exact_megatron.integrations.nemo_plan import check_version, refusals, settings
+from exact_megatron.config import ExactError, QKTimingConfig
+from exact_megatron.integrations.nemo_plan import check_version, refusals, said, settings
 from exact_megatron.integrations.weights import check_resumed
 
 ROOT = Path(__file__).parent.parent
@@ -182,6 +182,7 @@ def test_keys_are_known_and_the_model_is_hooked(app):
     assert "INSTALLED" in done.stdout and "exact" in schemes
     config, *_ = app(STOCK)
     assert settings(config["model"].pop("exact"), {}) == ExactConfig()
+    assert not QKTimingConfig.from_mapping(said(config["model"].pop("qk_timing"))).enabled
     assert config == {"model": {"mcore_gpt": True, "data": {"seq_length": 64}}, "trainer": {"devices": 1}}
 
 
