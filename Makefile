@@ -45,8 +45,8 @@ test-mcore-0.19: $(VENV19)/.installed  ## the same tests on megatron-core 0.19.2
 	$(VENV19)/bin/python -m pytest -q --durations=10
 
 test-upstream: $(VENV)/.installed $(VENV19)/.installed  ## the real pretrain_gpt.py: make test-upstream MEGATRON_LM=/path/to/clone
-	MEGATRON_LM=$(MEGATRON_LM) $(VENV)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
-	MEGATRON_LM=$(MEGATRON_LM) $(VENV19)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py
+	MEGATRON_LM=$(MEGATRON_LM) $(VENV)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py tests/upstream/test_qk_timing_upstream.py
+	MEGATRON_LM=$(MEGATRON_LM) $(VENV19)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py tests/upstream/test_qk_timing_upstream.py
 
 # Megatron-Bridge without the packages of NVIDIA's container, which the tests stand in for (1.6 GB). --no-deps: it asks for CUDA's.
 $(VENV_BRIDGE)/.installed: setup.py constraints.txt

@@ -105,7 +105,11 @@ def main(argv: list[str] | None = None) -> int:
         return launch(given[1:])
     if given[:2] == ["evaluate", "compare"]:  # a parser of its own: `evaluate`'s options are about one model
         given = ["evaluate compare", *given[2:]]
-    args = parser.parse_args(given)
+    if given[:1] == ["doctor"]:  # a launcher's line may begin with a flag of its own: doctor --exact-enabled SCRIPT
+        args, flags = parser.parse_known_args(given)
+        args.line = [*flags, *args.line]
+    else:
+        args = parser.parse_args(given)
     _quiet_warnings()
     try:
         return args.run(args)

@@ -26,7 +26,9 @@ from .packing import read_index
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--config", metavar="FILE", help="YAML of the native runner")
+    parser.add_argument(
+        "--config", metavar="FILE", action="append", help="YAML of the native runner; given again, later wins"
+    )
     parser.add_argument(
         "line",
         nargs=argparse.REMAINDER,
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         args.json = True
     report: dict[str, Any] = {"versions": versions(), "hosts": {}}
     script = next((a for a in rest if a.endswith(".py")), None)
-    report["hosts"] = hosts(Path(script).parent if script else _checkout())
+    report["hosts"] = hosts(Path(script) if script else _checkout())
     if script:
         report["run"] = megatron_lm_run(rest)
     elif args.config or rest:
@@ -106,19 +108,25 @@ def fp8_recipes(capability: tuple[int, int] | None, transformer_engine: str) -> 
 
 def _checkout() -> Path | None:
     where = os.environ.get("MEGATRON_LM")
-    return Path(where) if where else None
+    return Path(where) / "pretrain_gpt.py" if where else None
 
 
-def hosts(checkout: Path | None) -> dict[str, str]:
-    """Host to "hookable" and how, or why not. Reads a checkout of Megatron-LM without importing it."""
+def _checkout_of_environment() -> Path:
+    return Path(os.environ.get("MEGATRON_LM", "."))
+
+
+def hosts(script: Path | None) -> dict[str, str]:
+    """Host to "hookable" and how, or why not. Reads a script of Megatron-LM and its checkout without importing them."""
     core = _version("megatron-core")
     found = {"native": "hookable: exact-megatron train" if core[:1].isdigit() else "no: needs megatron-core"}
     found["Megatron-LM"] = (
-        megatron_lm(checkout) if checkout else "not looked at: name its pretrain_gpt.py, or set MEGATRON_LM"
+        megatron_lm(script) if script else "not looked at: name its pretrain_gpt.py, or set MEGATRON_LM"
     )
     bridge, nemo = _version("megatron-bridge"), _version("nemo-toolkit")
     found["Megatron-Bridge"] = (
-        f"hookable: {bridge}, exact_megatron.integrations.bridge" if bridge[:1].isdigit() else bridge
+        f"hookable: {bridge}, exact_megatron.integrations.bridge (tested on 0.3.1 and 0.6.2)"
+        if bridge[:1].isdigit()
+        else bridge
     )
     found["NeMo"] = nemo_toolkit(nemo) if nemo[:1].isdigit() else nemo
     return found
@@ -134,12 +142,11 @@ def nemo_toolkit(version: str) -> str:
     return f"hookable: {version}, {' and '.join(kinds)}" if kinds else f"no: {yaml[0]}"
 
 
-def megatron_lm(checkout: Path) -> str:
-    """Whether pretrain_gpt.py of a checkout has what the launcher hooks."""
-    script = checkout / "pretrain_gpt.py"
+def megatron_lm(script: Path) -> str:
+    """Whether a script has what the launcher hooks in Megatron-LM's pretrain_gpt.py."""
     if not script.is_file():
         return f"no: there is no {script}"
-    version = checkout_core(checkout)
+    version = checkout_core(script.parent)
     label = ".".join(map(str, version)) if version else "of unknown version"
     if version and version < (0, 13):
         return f"no: core {label}, its loss_func reduces what it reports; 0.13 or later is needed"
@@ -187,7 +194,7 @@ def _problems(*looks: Callable[[], Any]) -> list[str]:
     return found
 
 
-def native_run(config: str | None, overrides: list[str]) -> dict[str, Any]:
+def native_run(config: list[str] | None, overrides: list[str]) -> dict[str, Any]:
     """What `exact-megatron train` would do with this configuration on this machine."""
     from .training.config import load_config
 
@@ -239,11 +246,18 @@ def megatron_lm_run(command: list[str]) -> dict[str, Any]:
     if refused:
         return {"refused": refused}
     config, script, _, args = parsed
-    core = checkout_core(script.parent)
     if not config.enabled:
         return _effect(config, None, list, "the script's own: EXACT is not enabled", False, [])
-    hooked = megatron_lm(script.parent)
-    refused = ([hooked] if hooked.startswith("no") else []) + refusals(args, config, core)
+    core = checkout_core(script.parent) or checkout_core(_checkout_of_environment())
+    if core is None:
+        return {"refused": [f"{script} is in no checkout of Megatron-LM, whose version decides: set MEGATRON_LM to one (scripts of "
+                            "Megatron-Bridge and NeMo are not examined)"]}  # fmt: skip
+    hooked = megatron_lm(script)
+    if args.seq_length is None:
+        refused = ["--seq-length is not on the line: window, tau and data cannot be judged"]
+    else:
+        refused = []
+    refused += ([hooked] if hooked.startswith("no") else []) + refusals(args, config, core)
     masking = "not masked: documents in a sample would see each other"
     with contextlib.suppress(ValueError):  # one of the refusals
         masking = plan_masking(args, config, core)[1]

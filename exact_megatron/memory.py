@@ -193,7 +193,8 @@ def stage_memory(run: RunConfig, vocab_size: int, stage: int) -> StageMemory:
     chunks = chunks_in_flight(run, stage)
     activations = chunks * chunk + again
 
-    logits = tokens * vocabulary // tp * (e + 4 if e == 2 else e) + 2 * hidden if last else 0
+    at_once = min(tokens, m.loss_chunk_tokens * m.micro_batch_size) if m.loss_chunk_tokens else tokens
+    logits = at_once * vocabulary // tp * (e + 4 if e == 2 else e) + 2 * hidden if last else 0
     gathered = tokens * m.hidden_size * e * (2 if m.sequence_parallel and tp > 1 else 1)
     gates = 2 if m.activation == "fast-swiglu" else 1
     working = gathered + tokens * max((gates + 1) * m.ffn_hidden_size, 3 * q + 2 * kv) // tp * e

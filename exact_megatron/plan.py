@@ -41,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument("--mfu", type=float, help="model FLOP utilisation to expect, 0..1; there is no default")
     speed.add_argument("--tokens-per-second-per-gpu", type=float, metavar="T", help="speed to expect")
-    speed.add_argument(
-        "--measured", metavar="PATH", help="a run's folder, or the JSON of `exact-megatron benchmark step`"
-    )
+    speed.add_argument("--measured", metavar="RUN", help="folder of a run, whose FLOP/s are taken over")
     parser.add_argument("--peak-tflops", type=float, help="of the GPU, dense; default: H100 SXM, 989.5 bf16, 1979 FP8")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
 
@@ -280,8 +278,8 @@ def expected_speed(
     if measured is not None:
         source = mfu_source = measured["source"]
         speed = measured["tokens_per_second_per_gpu"]
-        if measured["flops_per_token"]:  # another window or layout: the same operations a second, not the same tokens
-            speed *= measured["flops_per_token"] / flops["total"]
+        # Another window or layout: the same operations a second, not the same tokens.
+        speed *= measured["flops_per_token"] / flops["total"]
     if speed is None and mfu is None:
         return None
     if speed is None:
@@ -302,7 +300,7 @@ def expected_speed(
 
 
 def read_measured(path: str) -> dict[str, Any]:
-    """Speed, and for a run the memory beside its estimate, from a run's folder or a benchmark's JSON.
+    """Speed, and the memory beside its estimate, from a run's folder.
 
     Raises:
         FileNotFoundError, ValueError: there is nothing measured at `path`.
@@ -310,15 +308,9 @@ def read_measured(path: str) -> dict[str, Any]:
     from .training.config import load_config
 
     if not os.path.isdir(path):
-        result = json.loads(Path(path).read_text())
-        if result.get("benchmark") != "step":
-            raise ValueError(f"{path} is not written by `exact-megatron benchmark step --json`")
-        return {
-            "source": f"{path} ({result['date']}, {result['setup']})",
-            "tokens_per_second_per_gpu": result["rows"][0]["own"],
-            "flops_per_token": None,
-            "memory": None,
-        }
+        raise ValueError(
+            f"--measured {path}: give the folder of a run (exp_manager.exp_dir), which says what was trained"
+        )
     folder = Path(path)
     run = load_config(folder / "config.yaml")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -74,10 +74,20 @@ class QKTiming:
         chunks = [_decoder(chunk) for chunk in model]
         self.num_layers = chunks[0].config.num_layers
         self.layers = [n for n in range(1, self.num_layers + 1) if config.touches(n, self.num_layers)]
-        rows = dict(_query_key_rows(chunks, config))
-        self._parts = list(_parts(optimizer, rows))
+        self.optimizer = optimizer
+        rows: dict[Tensor, tuple[int, int]] = {}
+        self._parts: list[tuple[Any, Tensor, list[tuple[int, int]]]] = []
+        problem: ExactError | None = None
+        try:
+            rows = dict(_query_key_rows(chunks, config))
+            self._parts = list(_parts(optimizer, rows))
+        except ExactError as error:  # raised by all ranks together, below: the others would wait for this one
+            problem = error
         self.held_bytes = sum(main.element_size() * (b - a) for _, main, spans in self._parts for a, b in spans)
-        self.parameters = _check_everything_found(chunks[0].config, self.layers, optimizer, rows, self._parts)
+        device = next(chunks[0].parameters()).device
+        self.parameters = _check_everything_found(
+            chunks[0].config, self.layers, optimizer, rows, self._parts, problem, device
+        )
 
     def before_step(self, step: int) -> float:
         """Call before every optimizer step, with the number of steps done; returns the factor of the step to come."""
@@ -86,11 +96,15 @@ class QKTiming:
             for inner in {id(inner): inner for inner, _, _ in self._parts}.values():
                 parts = [(main, spans) for owner, main, spans in self._parts if owner is inner]
                 self._hook(inner, parts)
-        elif self.factor == 1 and self._handles:
-            for handle in self._handles:
-                handle.remove()
-            self._handles.clear()
+        elif self.factor == 1:
+            self.remove()
         return self.factor
+
+    def remove(self) -> None:
+        """Take the hooks out of the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def _hook(self, inner: torch.optim.Optimizer, parts: list[tuple[Tensor, list[tuple[int, int]]]]) -> None:
         held: list[Tensor] = []
@@ -146,6 +160,8 @@ def timed_train_step(
     def timed(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         step, total = progress(given)
+        if timing and timing[0].optimizer is not given["optimizer"]:  # built anew
+            timing.pop().remove()
         if not timing:
             timing.append(QKTiming(config, given["model"], given["optimizer"], total))
             say(timing[0].describe())
@@ -175,11 +191,16 @@ def before_nemo_step(config: QKTimingConfig, trainer: Any, model: Sequence[Any],
         ExactError: another optimizer (distributed_fused_adam, O2's MainParamsOptimizerWrapper), or no trainer.max_steps.
     """
     timing = getattr(trainer, "exact_qk_timing", None)
+    (wrapper,) = trainer.optimizers
+    if not hasattr(wrapper, "mcore_optimizer"):
+        _refuse(f"{type(wrapper).__name__} is not Megatron's optimizer: set model.optim.name=mcore_distributed_optim")
+    if timing is not None and timing.optimizer is not wrapper.mcore_optimizer:  # built anew
+        timing.remove()
+        timing = None
     if timing is None:
-        (wrapper,) = trainer.optimizers
         if trainer.max_steps < 1:
             _refuse(f"trainer.max_steps={trainer.max_steps}, and the phase is a share of the steps")
-        timing = QKTiming(config, model, getattr(wrapper, "mcore_optimizer", wrapper), trainer.max_steps)
+        timing = QKTiming(config, model, wrapper.mcore_optimizer, trainer.max_steps)
         trainer.exact_qk_timing = timing
         say(timing.describe())
     return timing.before_step(trainer.global_step)
@@ -289,7 +310,13 @@ def _mains(optimizer: Any) -> Iterator[tuple[Tensor, Any, int]]:
 
 
 def _check_everything_found(
-    config: Any, layers: list[int], optimizer: Any, rows: dict[Tensor, tuple[int, int]], parts: list[Any]
+    config: Any,
+    layers: list[int],
+    optimizer: Any,
+    rows: dict[Tensor, tuple[int, int]],
+    parts: list[Any],
+    problem: ExactError | None,
+    device: torch.device,
 ) -> int:
     """The number of slowed parameters of the whole model, after checking that every rank's rows are in some rank's optimizer."""
     shards = 1  # ranks that share the rows of one rank's model
@@ -298,10 +325,13 @@ def _check_everything_found(
             shards = part.data_parallel_group.size()
     held = sum(b - a for _, _, spans in parts for a, b in spans)
     own = sum(parameter.numel() // period * kept for parameter, (period, kept) in rows.items())
-    device = next(iter(rows)).device if rows else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    counts = torch.tensor([held, own / shards, own], dtype=torch.float64, device=device)
+    counts = torch.tensor([held, own / shards, own, problem is not None], dtype=torch.float64, device=device)
     torch.distributed.all_reduce(counts)
-    found, expected, everywhere = (round(n) for n in counts.tolist())
+    found, expected, everywhere, problems = (round(n) for n in counts.tolist())
+    if problem is not None:
+        raise problem
+    if problems:
+        _refuse(f"{problems} other ranks cannot be timed, and say why")
     groups = config.num_query_groups or config.num_attention_heads
     bias = bool(config.add_bias_linear or getattr(config, "add_qkv_bias", False))
     whole = config.kv_channels * (config.num_attention_heads + groups) * (config.hidden_size + bias) * len(layers)

@@ -25,6 +25,8 @@ stages.sh --folder DIR [--base CHECKPOINT] --stage "NAME ARGUMENTS" ... [options
   --sbatch OPTIONS         for the training jobs, for example "--nodes=8 --account=x --time=12:00:00"
   --task-sbatch OPTIONS    for conversion and evaluation, for example "--account=x"
   --dry-run                print what would be submitted, and do nothing
+The words of a quoted value are split at blanks: none of them holds a blank or a quote itself. What does stands after --.
+In containers DIR and CHECKPOINT are mounted; mount data with CONTAINER_MOUNTS.
 USAGE
 }
 
@@ -43,6 +45,8 @@ while [ $# -gt 0 ]; do
     --) shift && break ;;
     --folder | --base | --stage | --arm | --evaluate | --last | --sbatch | --task-sbatch)
         [ $# -ge 2 ] || die "$1 needs a value"
+        [[ $1 =~ ^--(folder|base|last)$ || $2 != *[\"\'$'\n']* ]] ||
+            die "$1 $2: it is split at blanks, and quotes are not understood. Leave quotes and line ends out"
         case $1 in
         --folder) folder=$2 ;;
         --base) base=$2 ;;
@@ -66,6 +70,18 @@ case $last in train | convert | evaluate) ;; *) die "--last $last: train, conver
 folder=$(realpath -m "$folder")
 [ -z "$base" ] || base=$(realpath -m "$base")
 [ -z "$base" ] || [ -n "$dry_run" ] || [ -e "$base" ] || die "--base $base: there is no such checkpoint"
+on_ranks='' # a Hugging Face model is evaluated on one device
+case " $evaluate " in *" --tensor-parallel "* | *" --tensor-parallel="*) on_ranks=1 ;; esac
+if [ "$last" = evaluate ] && [ -z "$base$on_ranks" ]; then
+    case " $* ${stages[*]} ${arms[*]} $evaluate " in
+    *" restore_from_path="* | *" --tokenizer "* | *" --tokenizer="*) ;;
+    *" distance-probe "* | *" ruler "* | *" nolima "* | *" short "*)
+        die "without --base the converted model has no tokenizer to be evaluated with: give --base, or add --tokenizer PATH to --evaluate
+(ruler, nolima and short want one in the model's folder too: --last convert first, copy it to ARM/hf, then without --last)" ;;
+    esac
+fi
+# Jobs read what other jobs of the chain wrote; a checkpoint of a converted model has its tokenizer two folders up.
+export CONTAINER_MOUNTS=$folder:$folder${base:+,${base%/checkpoints/step_*}:${base%/checkpoints/step_*}}${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
 
 if [ -z "$dry_run" ]; then
     mkdir -p "$folder" || die "cannot make $folder"
@@ -74,36 +90,54 @@ if [ -z "$dry_run" ]; then
 fi
 # Names that no other folder's jobs have: by them the queue is searched.
 prefix=$(basename "$folder").$(cksum <<<"$folder" | cut -c1-6)
-submitted=0
+submitted=0 stale=()
 
-# submit NAME RUN AFTER ARGUMENT...: sets `job` to the id to wait for, '' where it has finished.
-# AFTER: ids of the jobs that must have succeeded, joined by ':'. ARGUMENT: sbatch's options, script and the script's arguments.
+# submit NAME RUN OUTPUT AFTER SCRIPT ARGUMENT...: sets `job` to the id to wait for, '' where it has finished.
+# OUTPUT: what the job makes outside of RUN, or ''. AFTER: ids of the jobs that must have succeeded, joined by ':'.
+# What was made from something that is run again is put into `stale`, and from there on nothing is submitted. RUN/slurm/stale
+# keeps that until RUN is removed.
 submit() {
-    local name=$prefix.$1 run=$2 after=$3 before queued='' dependency=()
-    shift 3
-    local line="$*"
+    local label=$1 name=$prefix.$1 run=$2 output=$3 after=$4 before queued='' finished='' dependency=() options=("${task[@]}")
+    shift 4
+    [ "$1" != train.sbatch ] || options=("${training[@]}")
+    local line="$*" made="$run${output:+ $output}" # sbatch's options may change
     if [ -z "$dry_run" ] || command -v squeue >/dev/null; then
         queued=$(squeue --me --noheader --name="$name" --format=%i 2>&1) || {
             [ -n "$dry_run" ] || die "squeue failed, nothing more is submitted: $queued"
             queued=''
         }
     fi
+    [ ! -e "$run/slurm/finished" ] || finished=1
+    if [ -z "$queued" ] && { [ -e "$run/slurm/stale" ] || { [ -n "$after" ] &&
+        { [ -n "$finished" ] || [ -e "$run/checkpoints" ] || [ -e "${output:-$run/checkpoints}" ]; }; }; }; then
+        stale+=("$made")
+        [ -n "$dry_run" ] || [ ! -d "$run/slurm" ] || : >"$run/slurm/stale"
+        job=again
+        return
+    fi
     before=$(cat "$run/slurm/submitted" 2>/dev/null || true)
-    if [ -n "$queued" ] || [ -e "$run/slurm/finished" ]; then
-        [ "$before" = "$line" ] || die "${name#"$prefix."} was submitted with other arguments:
+    if [ -n "$queued$finished" ]; then
+        [ "$before" = "$line" ] || die "$label was submitted with other arguments:
   then: $before
   now:  $line
-Put them back, choose another --folder, or cancel the job and remove $run"
-        [ -n "$queued" ] && echo "queued    ${name#"$prefix."}: job $queued" || echo "finished  ${name#"$prefix."}"
+Put them back, choose another --folder, or cancel the job and remove $made and what was made from it"
+        [ -n "$queued" ] && echo "queued    $label: job $queued" || echo "finished  $label"
         job=$queued
         return
     fi
+    # task.sbatch goes on from here where a job was ended after its output was whole.
+    [ "${label##*.}" != convert ] || [ ! -e "$output/config.json" ] || [ -e "$run/slurm/running" ] ||
+        die "$label: $output exists, and no job of this chain is known to have made it: remove $made, or choose another --folder"
+    if [ ${#stale[@]} -gt 0 ]; then
+        job=again
+        return
+    fi
     [ -z "$after" ] || dependency=("--dependency=afterok:$after" --kill-on-invalid-dep=yes)
-    set -- sbatch --parsable --job-name="$name" --output="$run/slurm/%j.out" "${dependency[@]}" "$@"
+    set -- sbatch --parsable --job-name="$name" --output="$run/slurm/%j.out" "${dependency[@]}" "${options[@]}" "$SCRIPTS/$1" "${@:2}"
     if [ -n "$dry_run" ]; then
-        echo "submit    ${name#"$prefix."}"
+        echo "submit    $label"
         printf '          %s\n' "$(printf '%q ' "$@")"
-        job="<${name#"$prefix."}>"
+        job="<$label>"
         return
     fi
     mkdir -p "$run/slurm"
@@ -111,7 +145,7 @@ Put them back, choose another --folder, or cancel the job and remove $run"
     job=$("$@") || die "sbatch failed: what was submitted before stays; run the same line again"
     job=${job%%;*}
     submitted=$((submitted + 1))
-    echo "submitted ${name#"$prefix."}: job $job${after:+, after $after}"
+    echo "submitted $label: job $job${after:+, after $after}"
 }
 
 # sorted_arguments ARGUMENT...: sets `sorted`: all --config FILE first, as the command line wants them, then the rest in its order.
@@ -140,25 +174,28 @@ for arm in "${arms[@]}"; do
         start=()
         [ -z "$from" ] || start=("restore_from_path=$from")
         sorted_arguments "$@" "${words[@]:1}" "${arm_arguments[@]}" "exp_manager.exp_dir=$run" "${start[@]}"
-        submit "$arm.${words[0]}" "$run" "$job" "${training[@]}" "$SCRIPTS/train.sbatch" "${sorted[@]}"
+        submit "$arm.${words[0]}" "$run" '' "$job" train.sbatch "${sorted[@]}"
         from=$run
     done
     [ "$last" != train ] || continue
     hf=$folder/$arm/hf
-    submit "$arm.convert" "$folder/$arm/convert" "$job" "${task[@]}" "$SCRIPTS/task.sbatch" "$folder/$arm/convert" \
+    submit "$arm.convert" "$folder/$arm/convert" "$hf" "$job" task.sbatch "$folder/$arm/convert" \
         convert megatron-to-hf "$run" "$hf"
     [ "$last" != convert ] || continue
     read -ra words <<<"$evaluate"
-    model=$hf # a Hugging Face model is evaluated on one device
-    case " $evaluate " in *" --tensor-parallel "*) model=$run ;; esac
-    submit "$arm.evaluate" "$folder/$arm/evaluate" "$job" "${task[@]}" "$SCRIPTS/task.sbatch" "$folder/$arm/evaluate" \
+    model=$hf
+    [ -z "$on_ranks" ] || model=$run
+    submit "$arm.evaluate" "$folder/$arm/evaluate" "$folder/$arm/evaluation" "$job" task.sbatch "$folder/$arm/evaluate" \
         evaluate "$model" "${words[@]}" --output "$folder/$arm/evaluation"
     evaluations+=("$folder/$arm/evaluation")
     [ -z "$job" ] || evaluated+=("$job")
 done
 if [ ${#evaluations[@]} -ge 2 ]; then
     after=$(IFS=: && printf '%s' "${evaluated[*]}")
-    submit compare "$folder/compare" "$after" "${task[@]}" "$SCRIPTS/task.sbatch" "$folder/compare" \
+    submit compare "$folder/compare" "$folder/comparison" "$after" task.sbatch "$folder/compare" \
         evaluate compare "${evaluations[0]}" "${evaluations[1]}" --output "$folder/comparison" --names "${arms[0]%% *}" "${arms[1]%% *}"
 fi
+[ ${#stale[@]} = 0 ] || die "what it starts from is run again, or was: remove
+$(printf '  %s\n' "${stale[@]}")
+and run the same line again, or choose another --folder. $submitted jobs were submitted, and stay"
 [ -n "$dry_run" ] || echo "$submitted jobs submitted. squeue --me shows them; the same line submits what fails until then once more"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +16,7 @@ from exact_megatron import ExactConfig
 from exact_megatron.config import ExactError
 from exact_megatron.integrations import bridge
 from exact_megatron.integrations.hooks import when_imported
+from exact_megatron.integrations.settings import take_settings, take_timing
 
 LAUNCHER = "exact_megatron.integrations.bridge_launch"
 
@@ -43,11 +46,20 @@ class Inherited:  # as in 0.6
 class _ConfigContainerBase(Inherited):
     pass
 """,
+    "megatron/bridge/training/state.py": """
+class TrainState:
+    def load_state_dict(self, values):
+        print("loaded", values)
+""",
     "megatron/bridge/training/pretrain.py": """
+import os
 def pretrain(config, forward_step_func):
     _pretrain(state=config, forward_step_func=forward_step_func)
 
 def _pretrain(state, forward_step_func, callback_manager=None):
+    if "CHECKPOINT" in os.environ:
+        from megatron.bridge.training.state import TrainState
+        TrainState().load_state_dict({"step": 3, "exact": {"table": "a"}})
     print("stock training", state)
 """,
     # The true one needs Bridge: here it says what it was given.
@@ -67,7 +79,12 @@ import exact_megatron_run
 from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.utils.omegaconf_utils import apply_overrides
 print("arguments", sys.argv[1:])
-config = {"model": {"layers": 2}}
+class Config(dict):  # GlobalState and ConfigContainer in one
+    @property
+    def cfg(self):
+        import os, types
+        return types.SimpleNamespace(checkpoint=types.SimpleNamespace(finetune=os.environ["CHECKPOINT"] == "finetune"))
+config = Config({"model": {"layers": 2}})
 if "--whole" in sys.argv:
     from megatron.bridge.training.utils.config_utils import _ConfigContainerBase
     config = type("C", (_ConfigContainerBase,), {}).from_dict({"model": {"layers": 4, "exact": {"enabled": True}}})
@@ -163,6 +180,15 @@ def test_without_enabled_bridge_trains_as_it_is(run):
     assert done.returncode == 0 and "stock training" in done.stdout and "EXACT" not in done.stdout
 
 
+def test_a_weighted_checkpoint_is_not_continued_without_weights(run):
+    done = run("-m", LAUNCHER, "user.py", CHECKPOINT="resume")
+    assert done.returncode and "stock training" not in done.stdout
+    assert "this run does not enable them" in done.stderr and "checkpoint.finetune=true" in done.stderr
+    for arguments, checkpoint in (["model.exact.allow_changed_weights=true"], "resume"), ([], "finetune"):
+        done = run("-m", LAUNCHER, "user.py", *arguments, CHECKPOINT=checkpoint)
+        assert "loaded {'step': 3" in done.stdout and "stock training" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("launch", [True, False])
 def test_a_script_that_starts_anew_is_hooked_again(run, launch):
     way = ["-m", LAUNCHER, "anew.py"] if launch else ["anew.py", "--call"]
@@ -225,6 +251,32 @@ def test_when_imported_acts_once_before_anyone_uses_the_module(tmp_path, monkeyp
     when_imported("late_module", acted.append)
     assert len(acted) == 2
     monkeypatch.delitem(sys.modules, "late_module")
+
+
+def test_when_imported_acts_after_a_spec_was_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "asked_module.py").write_text("import sys\nif 'fail' in sys.argv: raise OSError\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before, acted = list(sys.meta_path), []
+    when_imported("asked_module", acted.append)
+    for _ in range(2):
+        assert importlib.util.find_spec("asked_module").name == "asked_module"
+    monkeypatch.setattr(sys, "argv", ["fail"])
+    with pytest.raises(OSError):
+        importlib.import_module("asked_module")
+    assert not acted
+    monkeypatch.setattr(sys, "argv", [])
+    module = importlib.import_module("asked_module")
+    importlib.reload(module)
+    assert acted == [module] and sys.meta_path == before
+    monkeypatch.delitem(sys.modules, "asked_module")
+
+
+def test_a_file_with_query_key_timing_only_has_no_settings_of_the_weights(tmp_path):
+    for text in ("qk_timing: {enabled: true}\n", "model: {qk_timing: {enabled: true}}\n"):
+        (tmp_path / "timing.yaml").write_text(text)
+        environment = {"EXACT_CONFIG": str(tmp_path / "timing.yaml"), "EXACT_SLURM": "existing"}
+        assert take_settings([], environment)[0] == ExactConfig()
+        assert take_timing([], environment)[0].enabled
 
 
 def test_a_core_attention_of_bridges_own_is_not_replaced(monkeypatch):

@@ -501,6 +501,36 @@ def test_enabled_but_never_hooked_fails(tmp_path):
     assert ran.returncode == 1 and "never called megatron.training.pretrain" in ran.stderr
 
 
+def checkout(folder: Path, version: str = "0.16") -> None:
+    """What doctor reads of a checkout of Megatron-LM."""
+    (folder / "pretrain_gpt.py").write_text(SCRIPT.replace("provider(", "train_valid_test_datasets_provider("))
+    core = folder / "megatron" / "core"
+    core.mkdir(parents=True)
+    major, minor = version.split(".")
+    (core / "package_info.py").write_text(f"MAJOR = {major}\nMINOR = {minor}\n")
+
+
+def test_doctor_looks_at_the_script_that_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("MEGATRON_LM", raising=False)
+    checkout(tmp_path)
+    (tmp_path / "pretrain_other.py").write_text("from megatron.training import pretrain\n")
+    assert main(["doctor", ON, str(tmp_path / "pretrain_other.py"), "--seq-length", "64"]) == 1
+    assert "forward_step uses no loss_func" in capsys.readouterr().out
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "own.py").touch()
+    assert main(["doctor", ON, str(tmp_path / "elsewhere" / "own.py")]) == 1
+    assert "is in no checkout of Megatron-LM" in capsys.readouterr().out
+    assert main(["doctor", "--exact-enabled", str(tmp_path / "pretrain_gpt.py")]) == 1
+    assert "--seq-length is not on the line" in capsys.readouterr().out
+
+
+def test_doctor_takes_several_files(capsys, tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {num_layers: 3}\n")
+    (tmp_path / "b.yaml").write_text("model: {num_layerss: 4}\n")
+    assert main(["doctor", "--config", str(tmp_path / "b.yaml"), "--config", str(tmp_path / "a.yaml")]) == 1
+    assert "num_layerss" in capsys.readouterr().out
+
+
 def test_doctor_fits_a_screen_and_fails_for_a_run_that_would(capsys, write_corpus, tmp_path):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
@@ -519,7 +549,7 @@ def test_doctor_fits_a_screen_and_fails_for_a_run_that_would(capsys, write_corpu
     ):
         assert name in text
     prefix = write_corpus(np.array([100, 300, 64], np.int32))
-    (tmp_path / "pretrain_gpt.py").write_text(SCRIPT.replace("provider(", "train_valid_test_datasets_provider("))
+    checkout(tmp_path)
     line = ["doctor", ON, str(tmp_path / "pretrain_gpt.py"), "--seq-length", "64", "--data-path", prefix, "--bf16",
             "--attention-dropout", "0"]  # fmt: skip
     assert main([*line, "--reset-attention-mask", "--json"]) == 0
@@ -561,7 +591,7 @@ def test_doctor_fits_a_screen_and_fails_for_a_run_that_would(capsys, write_corpu
 )  # fmt: skip
 def test_doctor_fails_for_what_the_launcher_refuses(more, words, capsys, write_corpus, tmp_path):
     prefix = write_corpus(np.array([50, 30, 64] * 8, np.int32))
-    (tmp_path / "pretrain_gpt.py").write_text(SCRIPT.replace("provider(", "train_valid_test_datasets_provider("))
+    checkout(tmp_path)
     line = ["doctor", ON, str(tmp_path / "pretrain_gpt.py"), "--seq-length", "64", "--data-path", prefix, "--attention-dropout", "0",
             "--reset-attention-mask"]  # fmt: skip
     assert main(line) == 0

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import yaml
 from exact_megatron import ExactConfig
 from exact_megatron.config import ExactError, QKTimingConfig
 from exact_megatron.integrations.nemo_plan import check_version, refusals, said, settings
-from exact_megatron.integrations.weights import check_resumed
+from exact_megatron.integrations.weights import check_resumed, refuse_unweighted
 
 ROOT = Path(__file__).parent.parent
 MODEL = {"mcore_gpt": True, "data": {"data_prefix": [1.0, "x"], "reset_attention_mask": True}}
@@ -40,6 +41,17 @@ def test_versions_without_the_yaml_model_point_to_recipes_and_bridge(version):
 def test_nemo_3_has_no_megatron(recipes):
     with pytest.raises(ExactError, match="nemo_toolkit 3.0.0 has no Megatron.*Megatron-Bridge"):
         check_version("3.0.0", recipes=recipes)
+
+
+@pytest.mark.parametrize("version", ["2.0.0", "2.2.1", "2.3.1"])
+def test_recipes_that_count_by_the_sum_of_the_mask_are_refused(version):
+    check_version(version)
+    with pytest.raises(ExactError, match=rf"{version} counts a recipe's targets by the sum of loss_mask.*2.4 to 2.7"):
+        check_version(version, recipes=True)
+
+
+def test_recipes_from_2_4_on():
+    check_version("2.4.0", recipes=True)
 
 
 def test_nemo_1_has_no_recipes():
@@ -105,6 +117,121 @@ def test_resuming_under_other_weights():
         check_resumed(before, {**before, "alpha": 0.2, "table": "c"}, config, "")
     accepted = dataclasses.replace(config, allow_changed_weights=True)
     check_resumed(before, {**before, "table": "c"}, accepted, "")
+
+
+def test_a_weighted_checkpoint_is_not_continued_without_weights():
+    off = ExactConfig()
+    refuse_unweighted(None, off, "")
+    refuse_unweighted({}, off, "")
+    refuse_unweighted({"table": "a"}, ExactConfig(enabled=True), "")
+    refuse_unweighted({"table": "a"}, ExactConfig(allow_changed_weights=True), "")
+    with pytest.raises(ValueError, match="add model.exact.enabled=true, start anew, or go on without weights"):
+        refuse_unweighted({"table": "a"}, off, "start anew")
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """stand_in(module, {name: attributes}) imports one of the integrations where NeMo's modules are these."""
+    pytest.importorskip("omegaconf")
+    pytest.importorskip("megatron.core")
+    for name in (
+        "dataset",
+        "loss",
+        "qk_timing",
+        "integrations.documents",
+        "integrations.reports",
+    ):  # these stay imported
+        importlib.import_module(f"exact_megatron.{name}")
+    ours = {f"exact_megatron.integrations.{name}" for name in ("nemo", "nemo_recipes")}
+
+    def load(module, modules):
+        for name in [name for name in sys.modules if name.split(".")[0] in ("nemo", "lightning") or name in ours]:
+            monkeypatch.delitem(sys.modules, name)
+        for name, attributes in modules.items():
+            parts = name.split(".")
+            for end in range(1, len(parts) + 1):
+                part = ".".join(parts[:end])
+                if part not in sys.modules:
+                    stub = types.ModuleType(part)
+                    stub.__path__ = []
+                    monkeypatch.setitem(sys.modules, part, stub)
+                    if end > 1:
+                        setattr(sys.modules[".".join(parts[: end - 1])], parts[end - 1], stub)
+            vars(sys.modules[name]).update(attributes)
+        found = importlib.import_module(f"exact_megatron.integrations.{module}")
+        monkeypatch.delitem(sys.modules, found.__name__)
+        return found
+
+    return load
+
+
+def test_the_yaml_model_refuses_a_weighted_checkpoint_and_a_fused_loss(stand_in, monkeypatch):
+    class Base:
+        def __init__(self, cfg, trainer):
+            self._trainer = trainer
+
+    class MegatronGPTModel(Base):
+        def __init__(self, cfg, trainer):
+            super().__init__(cfg, trainer)
+
+        def fwd_bwd_step(self, dataloader_iter, forward_only):
+            raise AssertionError
+
+        def on_load_checkpoint(self, checkpoint):
+            checkpoint["loaded"] = True
+
+    class Tuned(MegatronGPTModel):
+        pass
+
+    models = "nemo.collections.nlp.models.language_modeling"
+    stubs = {
+        "nemo": {"__version__": "2.4.0"},
+        f"{models}.megatron_gpt_model": {"MegatronGPTModel": MegatronGPTModel},
+        f"{models}.megatron_base_model": {"MegatronBaseModel": Base},
+    }
+    nemo = stand_in("nemo", stubs)
+    nemo.install()
+    OmegaConf = pytest.importorskip("omegaconf").OmegaConf
+    doing = lambda what: types.SimpleNamespace(state=types.SimpleNamespace(fn=what))
+
+    def loads(kind, exact, trainer, checkpoint):
+        kind(OmegaConf.create({"exact": exact}), trainer).on_load_checkpoint(checkpoint)
+        return checkpoint["loaded"]
+
+    with pytest.raises(ValueError, match="does not enable them.*another exp_manager.exp_dir"):
+        loads(MegatronGPTModel, {"alpha": 0.2}, doing("fit"), {"exact": {"table": "a"}})
+    assert loads(MegatronGPTModel, {"allow_changed_weights": True}, doing("fit"), {"exact": {"table": "a"}})
+    assert loads(MegatronGPTModel, {}, doing("fit"), {}) and loads(MegatronGPTModel, {}, doing("fit"), {"exact": {}})
+    for trainer in (None, doing(None), doing("validate")):
+        assert loads(MegatronGPTModel, {}, trainer, {"exact": {"table": "a"}})
+    assert loads(Tuned, {}, doing("fit"), {"exact": {"table": "a"}})
+    fused = types.SimpleNamespace(
+        calculate_per_token_loss=False, cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="te"
+    )
+    monkeypatch.setattr("exact_megatron.supported.transformer_engine_version", lambda: "2.10.0")
+    with pytest.raises(ValueError, match="refuses this run:\n  cross_entropy_fusion_impl='te'"):
+        nemo.ExactGPTModel.model_provider_func(types.SimpleNamespace(transformer_config=fused), True, True)
+
+
+def test_the_callback_refuses_a_weighted_checkpoint_and_masks_each_time(stand_in):
+    stubs = {
+        "nemo": {"__version__": "2.4.0"},
+        "lightning.pytorch.callbacks": {"Callback": object},
+        "nemo.collections.llm.gpt.model.base": dict.fromkeys(("GPTModel", "gpt_data_step", "gpt_forward_step")),
+        "nemo.lightning.megatron_parallel": {"MaskedTokenLossReduction": object},
+    }
+    recipes = stand_in("nemo_recipes", stubs)
+    with pytest.raises(ValueError, match="does not enable them.*another log directory"):
+        recipes.ExactCallback(enabled=False).load_state_dict({"table": "a"})
+    recipes.ExactCallback(enabled=False, allow_changed_weights=True).load_state_dict({"table": "a"})
+    recipes.ExactCallback(enabled=False).load_state_dict({})
+    from megatron.core.transformer.attention import SelfAttention
+
+    stock, masking = SelfAttention.__init__, recipes._Masking()
+    for _ in range(2):
+        with masking:
+            assert SelfAttention.__init__ is not stock
+        assert SelfAttention.__init__ is stock
 
 
 def test_the_example_configuration_shows_every_key_with_its_default():

@@ -337,13 +337,18 @@ def test_a_measured_run(tiny, measured, capsys):
     assert "memory of the measured run" in capsys.readouterr().out
 
 
-def test_a_measured_benchmark(tiny, tmp_path, capsys):
-    path = tmp_path / "step.json"
-    path.write_text(json.dumps({"benchmark": "step", "date": "d", "setup": "s", "rows": [{"own": 123.0}]}))
-    _, result = plan_json(capsys, "--config", tiny, "--measured", path)
-    assert result["stages"][0]["speed"]["tokens_per_second_per_gpu"] == 123.0
-    path.write_text(json.dumps({"benchmark": "census"}))
-    assert main(["plan", "--config", str(tiny), "--measured", str(path)]) == 2
+def test_measured_takes_a_run_alone(tiny, tmp_path, capsys):
+    (tmp_path / "step.json").write_text(json.dumps({"benchmark": "step"}))
+    assert main(["plan", "--config", str(tiny), "--measured", str(tmp_path / "step.json")]) == 2
+    assert "give the folder of a run" in capsys.readouterr().err
+
+
+def test_chunked_losses_need_less_memory(tiny, capsys):
+    stages = [
+        plan_json(capsys, "--config", tiny, *more)[1]["stages"][0]["memory"]["stages"][-1]["logits"]
+        for more in ([], ["model.loss_chunk_tokens=16"])
+    ]
+    assert stages[1] < stages[0]
 
 
 def test_no_torch_on_a_login_node(tiny):

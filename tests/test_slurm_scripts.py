@@ -105,7 +105,7 @@ RANKS = {
     "checkpoint.load=run train.exit_signal_handler=true",
     "nemo.sbatch": "train.py --config-name=c exp_manager.explicit_log_dir=run model.exact.enabled=true "
     "++exp_manager.resume_if_exists=true",
-    "benchmark.sbatch": "trainer.max_steps=60 trainer.limit_val_batches=0 model.exact.enabled=true",
+    "benchmark.sbatch": "trainer.max_steps=60 model.optim.sched.warmup_steps=0 trainer.limit_val_batches=0 model.exact.enabled=true",
     "task.sbatch": "-m exact_megatron evaluate hf --suite distance-probe",
 }
 
@@ -133,6 +133,27 @@ def test_every_script_reaches_its_ranks(slurm, script):
     signalled = script in ("train.sbatch", "pretrain_gpt.sbatch", "bridge.sbatch", "nemo.sbatch")
     assert ("#SBATCH --signal=B:USR1@600" in header) == signalled
     assert "#SBATCH --exclusive" in header and "#SBATCH --gpus-per-node=8" in header
+
+
+CONFIGS = SCRIPTS.parent / "configs"
+
+
+def test_benchmark_and_the_first_try_suit_the_recipes(slurm):
+    """Few steps, and configs/cpt.yaml warms up for more."""
+    from exact_megatron.training.config import load_config
+
+    files = [str(CONFIGS / name) for name in ("cpt.yaml", "models/llama-3.2-1b.yaml", "stages/4k.yaml")]
+    done = slurm("benchmark.sbatch", "run", *(word for file in files for word in ("--config", file)), STEPS="20")
+    assert done.returncode == 0, done.stderr
+    turn = (slurm.folder / "srun.calls").read_text().split("\ntrain\n")[1].splitlines()
+    overrides = turn[2 * len(files) : turn.index("model.exact.enabled=false") + 1]
+    run = load_config(files, overrides)
+    assert run.trainer.max_steps == 20 and not run.model.exact.enabled
+
+    guide = (SCRIPTS.parent / "docs" / "slurm.md").read_text().replace("\\\n", " ")
+    words = next(line for line in guide.splitlines() if "runs/smoke" in line).split("train.sbatch ")[1].split()
+    given = [SCRIPTS.parent / after for word, after in zip(words, words[1:]) if word == "--config"]
+    assert load_config([str(f) for f in given], words[2 * len(given) :]).trainer.max_steps == 20
 
 
 def test_benchmark_prints_the_ratio_of_the_medians(slurm):
@@ -329,6 +350,19 @@ STAGES = [
 CHAIN = ["4k", "16k", "convert", "evaluate"]
 
 
+def test_what_does_without_a_tokenizer_needs_no_base(slurm):
+    chain = ["--dry-run", "--folder", "x", "--stage", "4k"]
+    for more in (
+        *(["--last", "convert"], ["--evaluate", "--suite context-loss --data d"], ["--", "restore_from_path=base"]),
+        *(
+            ["--evaluate", f"--suite distance-probe {way}"]
+            for way in ("--tokenizer=t", "--tokenizer t", "--tensor-parallel 2")
+        ),
+    ):
+        done = slurm("stages.sh", *chain, *more)
+        assert done.returncode == 0, done.stderr
+
+
 def stages(slurm, *more, arguments=STAGES, **settings):
     (slurm.folder / "base").mkdir(exist_ok=True)
     return slurm("stages.sh", *more, *arguments, **settings)
@@ -377,6 +411,111 @@ def test_stages_are_submitted_once(slurm):
     assert "--dependency" not in calls[0] and "afterok:110" in calls[1] and "--dependency=afterok:112 " in calls[3]
 
 
+def test_a_converted_model_that_is_whole_is_taken(slurm):
+    """The job ends between the rename of its output and `finished`: the next try accepts it. What others made is refused."""
+    arguments = ["state", "convert", "megatron-to-hf", "run", "hf"]
+    (slurm.folder / "code").write_text("1")
+    assert slurm("task.sbatch", *arguments).returncode == 1
+    (slurm.folder / "hf").mkdir()
+    (slurm.folder / "hf" / "config.json").touch()
+    done = slurm("task.sbatch", *arguments)
+    assert done.returncode == 0 and "hf is whole" in done.stdout, done.stderr
+    state = slurm.folder / "state" / "slurm"
+    assert (state / "finished").read_text() == "convert megatron-to-hf run hf\n" and not (state / "running").exists()
+    assert slurm("task.sbatch", *arguments, SLURM_RESTART_COUNT="1").returncode == 0, "requeued after `finished`"
+    done = slurm("task.sbatch", *arguments)
+    assert done.returncode == 2 and "remove hf and state" in done.stderr
+
+
+def finish(slurm, *jobs):
+    (slurm.folder / "queue").write_text("")
+    for job in jobs:
+        (slurm.folder / "runs" / "x" / job / "slurm" / "finished").touch()
+
+
+ALL = [*(f"{arm}/{step}" for arm in ("baseline", "exact") for step in CHAIN), "compare"]
+
+
+def test_what_was_made_from_a_stage_that_runs_again_is_not_finished(slurm):
+    stages(slurm)
+    finish(slurm, *ALL)
+    run = slurm.folder / "runs" / "x"
+    assert "0 jobs submitted" in stages(slurm).stdout
+    shutil.rmtree(run / "exact" / "16k")
+    done = stages(slurm)
+    assert done.returncode == 2 and "what it starts from is run again, or was: remove" in done.stderr
+    queue = (slurm.folder / "queue").read_text()
+    removed = [line.split() for line in done.stderr.splitlines() if line.startswith("  ")]
+    assert removed == [
+        [f"{run}/exact/convert", f"{run}/exact/hf"],
+        [f"{run}/exact/evaluate", f"{run}/exact/evaluation"],
+        [f"{run}/compare", f"{run}/comparison"],
+    ]
+    assert len((slurm.folder / "sbatch.calls").read_text().splitlines()) == 10, "the stage itself"
+    finish(slurm, "exact/16k")
+    done = stages(slurm)
+    assert done.returncode == 2 and done.stdout.count("finished ") == 6, "not forgotten when the stage is through"
+    (run / "exact" / "16k" / "slurm" / "finished").unlink()
+    (slurm.folder / "queue").write_text(queue)
+    for path in removed:
+        shutil.rmtree(path[0])
+    (run / "exact" / "hf").mkdir()
+    assert stages(slurm).returncode == 2, "the old model is still there"
+    (run / "exact" / "hf").rmdir()
+    done = stages(slurm)
+    assert done.returncode == 0 and "3 jobs submitted" in done.stdout, done.stderr
+
+
+def test_a_model_that_the_chain_did_not_make_is_refused(slurm):
+    stages(slurm)
+    finish(slurm, *ALL)
+    convert, hf = (slurm.folder / "runs" / "x" / "exact" / name for name in ("convert", "hf"))
+    shutil.rmtree(convert)
+    hf.mkdir()
+    (hf / "config.json").touch()
+    done = stages(slurm)
+    assert done.returncode == 2 and f"remove {convert} {hf}" in done.stderr
+
+
+def test_options_of_sbatch_may_change(slurm):
+    stages(slurm)
+    finish(slurm, *ALL)
+    done = stages(slurm, "--task-sbatch", "--time=1", arguments=[a.replace("--nodes=2", "--nodes=4") for a in STAGES])
+    assert done.returncode == 0 and "0 jobs submitted" in done.stdout, done.stderr
+
+
+def test_containers_of_a_chain_see_all_of_it(slurm):
+    (slurm.folder / "bin" / "sbatch").write_text('#!/bin/bash\necho "$CONTAINER_MOUNTS" >>mounts; echo 1\n')
+    assert stages(slurm, CONTAINER_MOUNTS="/data:/data").returncode == 0
+    folder, base = slurm.folder / "runs" / "x", slurm.folder / "base"
+    assert set((slurm.folder / "mounts").read_text().split()) == {f"{folder}:{folder},{base}:{base},/data:/data"}
+
+
+@pytest.mark.parametrize("evaluate", ["--tensor-parallel 8", "--tensor-parallel=8", "--trained-length 16384"])
+def test_the_commands_of_a_chain_are_understood(slurm, monkeypatch, evaluate):
+    """What stages.sh submits goes through the real command line: a renamed option is seen here, and not after days of training."""
+    from exact_megatron import cli, convert
+    from exact_megatron.evaluation import command
+
+    seen = []
+    for module, name in ((convert, "run"), (command, "run"), (command, "run_compare"), (cli, "run_train")):
+        monkeypatch.setattr(module, name, lambda args, name=name: seen.append(args) or 0)
+    done = stages(slurm, "--evaluate", f"--suite distance-probe {evaluate}")
+    assert done.returncode == 0, done.stderr
+    for line in (slurm.folder / "sbatch.calls").read_text().splitlines():
+        script, *words = line.split(f"{SCRIPTS}/")[1].split()
+        assert cli.main(["train", *words] if script == "train.sbatch" else words[1:]) == 0
+    assert [args.command for args in seen] == [*["train", "train", "convert", "evaluate"] * 2, "evaluate compare"]
+    run = slurm.folder / "runs" / "x"
+    for arm, (_, last, converted, evaluated) in zip(("baseline", "exact"), (seen[:4], seen[4:8])):
+        assert last.overrides[-2:] == [f"exp_manager.exp_dir={run}/{arm}/16k", f"restore_from_path={run}/{arm}/4k"]
+        assert (converted.source, converted.output) == (f"{run}/{arm}/16k", f"{run}/{arm}/hf")
+        on_ranks = evaluated.tensor_parallel > 1
+        assert on_ranks == ("tensor" in evaluate)
+        assert evaluated.model == (converted.source if on_ranks else converted.output)
+    assert [seen[8].a, seen[8].b] == [seen[3].output, seen[7].output] and seen[8].names == ["baseline", "exact"]
+
+
 def test_changed_arguments_of_a_submitted_stage_are_refused(slurm):
     stages(slurm)
     done = stages(slurm, arguments=[*STAGES, "model.optim.lr=1"])
@@ -392,6 +531,9 @@ def test_changed_arguments_of_a_submitted_stage_are_refused(slurm):
         (["--folder", "x", "--stage", "4k", "model.exact.tau=3"], "unknown argument model.exact.tau=3"),
         (["--folder", "x", "--stage", "4k", "--base", "nowhere"], "nowhere: there is no such checkpoint"),
         (["--folder", "x", "--stage", "4k", "--last", "test"], "--last test: train, convert or evaluate"),
+        (["--folder", "x", "--stage", "4k"], "add --tokenizer PATH to --evaluate"),
+        (["--folder", "x", "--stage", "4k a='b c'"], "quotes are not understood"),
+        (["--folder", "x", "--stage", "4k", "--arm", 'a x="b"'], "quotes are not understood"),
     ],
 )
 def test_stages_refuse_what_they_do_not_understand(slurm, arguments, message):

@@ -14,7 +14,8 @@ import torch's and Bridge's training modules. What is hooked is hooked when it i
 
     utils/omegaconf_utils.py: _apply_overrides                      takes model.exact out of YAML and overrides
     utils/config_utils.py: _ConfigContainerBase.from_dict           the same for a whole configuration from YAML
-    pretrain.py: _pretrain                                          trains as bridge_training.py has it, if EXACT is enabled
+    pretrain.py: _pretrain                                          trains as bridge_training.py has it, if EXACT is enabled; else
+                                                                    refuses to go on from a weighted checkpoint
     os.execv, os.execve                                             keep the settings, and the launcher, if the script starts anew
 
 `_pretrain` and not `pretrain`: scripts and Bridge's own modules import `pretrain` by name, often before this call.
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -34,7 +36,9 @@ from typing import Any
 from ..config import PREFIX, TIMING_PREFIX, ExactConfig, ExactError, QKTimingConfig, split_overrides
 from .hooks import replaced, when_imported
 from .settings import given_settings, read_block, take_timing
+from .weights import refuse_unweighted
 
+ANEW = "start anew with checkpoint.finetune=true"
 LAUNCHER = "exact_megatron.integrations.bridge_launch"
 _installed: Installation | None = None
 
@@ -155,6 +159,10 @@ class Installation:
                     timed = timed_train_step(train.train_step, timing, bridge_progress, _say)
                     stack.enter_context(replaced(train, "train_step", timed))
                 if not config.enabled:
+                    state = inspect.signature(stock).bind(*args, **kwargs).arguments["state"]
+                    train_state = importlib.import_module("megatron.bridge.training.state").TrainState
+                    load = _refusing_weighted(train_state.load_state_dict, config, state)
+                    stack.enter_context(replaced(train_state, "load_state_dict", load))
                     return stock(*args, **kwargs)
                 from .bridge_training import MegatronBridge
 
@@ -183,7 +191,10 @@ class Installation:
         """
         if len(command) > 1 and os.path.realpath(command[1]) == os.path.realpath(self.script):
             settings = [f"{PREFIX}{key}={'null' if value is None else value}" for key, value in self._given.items()]
-            settings += split_overrides(self._command, TIMING_PREFIX)[0]
+            timing = take_timing(self._command, self._environment)[0].to_dict()
+            given = split_overrides(self._command, TIMING_PREFIX)[0]
+            if timing != QKTimingConfig().to_dict() or given:  # of line and file; the YAML block is read again
+                settings += [f"{TIMING_PREFIX}{key}={value}" for key, value in timing.items()]
             return [command[0], *(["-m", LAUNCHER] if self.launched else []), *command[1:], *settings]
         if self.config.enabled or self.timing.enabled:
             raise ExactError(
@@ -191,6 +202,16 @@ class Installation:
                 "or set model.exact.enabled=false"
             )
         return command
+
+
+def _refusing_weighted(load: Callable[..., None], config: ExactConfig, state: Any) -> Callable[..., None]:
+    @functools.wraps(load)
+    def load_state_dict(train_state: Any, values: Mapping[str, Any]) -> None:
+        if not state.cfg.checkpoint.finetune:  # which reads a checkpoint's step and drops it
+            refuse_unweighted(values.get("exact"), config, ANEW)
+        load(train_state, values)
+
+    return load_state_dict
 
 
 def _say(line: str) -> None:

@@ -28,6 +28,7 @@ from ..config import ExactConfig, ExactError
 from ..dataset import ExactDatasetBuilder, members
 from ..loss import ExactLoss
 from ..supported import unsupported_loss
+from .bridge import ANEW
 from .documents import check_masked, feed_documents, masking_documents
 from .hooks import replaced
 from .weights import check_resumed, table_lines
@@ -161,7 +162,7 @@ class MegatronBridge:
         assert builder.table is not None and builder.census is not None
         mine = {**self.config.to_dict(), "table": builder.table.digest, "census": builder.census.digest}
         before = getattr(self.state.train_state, "exact", None)
-        check_resumed(before, mine, self.config, "start anew with checkpoint.finetune=true")
+        check_resumed(before, mine, self.config, ANEW)
         self._mine = mine
         if not self.weighted and torch.distributed.get_rank() == 0:
             lines = [

@@ -75,19 +75,25 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
     def __init__(self, name: str, act: Callable[[ModuleType], None]) -> None:
         self.name, self.act = name, act
+        self.asking = False
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self.asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.asking = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def executed(module: ModuleType) -> None:
             execute(module)
-            self.act(module)
+            if self in sys.meta_path:  # until then: a spec may be asked for without an import, or an import fail
+                sys.meta_path.remove(self)
+                self.act(module)
 
         spec.loader.exec_module = executed  # type: ignore[method-assign]
         return spec

@@ -33,13 +33,14 @@ from ..config import ExactConfig, ExactError, QKTimingConfig
 from ..dataset import ExactDatasetBuilder
 from ..loss import ExactLoss, gpt_loss
 from ..qk_timing import before_nemo_step
+from ..supported import unsupported_loss
 from .documents import MaskAttention, check_masked, feed_documents, masking_documents
 from .hooks import replaced
 from .megatron_lm_plan import core_version
 from .nemo_plan import check_version, masked, refusals, said, settings
 from .reports import LossSums
 from .settings import take_timing
-from .weights import check_resumed, table_lines
+from .weights import check_resumed, refuse_unweighted, table_lines
 
 check_version(nemo.__version__)
 
@@ -47,26 +48,32 @@ import nemo.collections.nlp.models.language_modeling.megatron_gpt_model as host 
 from megatron.core import parallel_state  # noqa: E402
 from nemo.collections.nlp.models.language_modeling.megatron_base_model import MegatronBaseModel  # noqa: E402
 
+ANEW = "start anew with another exp_manager.exp_dir"
+
 
 def install() -> None:
     """Hook EXACT into NeMo's Megatron models; calling it again does nothing.
 
     Afterwards a model whose configuration enables EXACT raises ValueError or ExactError where it is built, if EXACT cannot
-    weight it. What checkpoints and .nemo files say of the model names NeMo's class and no `model.exact`, so that it loads for
-    inference and without this package.
+    weight it, and one that does not enable EXACT raises ValueError where it resumes a weighted run. What checkpoints and .nemo
+    files say of the model names NeMo's class and no `model.exact`, so that it loads for inference and without this package.
     """
     gpt, base = host.MegatronGPTModel, MegatronBaseModel
     if getattr(gpt.__init__, "exact", False):
         return
-    build_gpt, build_any, step = gpt.__init__, base.__init__, gpt.fwd_bwd_step
+    build_gpt, build_any, step, load = gpt.__init__, base.__init__, gpt.fwd_bwd_step, gpt.on_load_checkpoint
 
     @functools.wraps(build_gpt)
     def gpt_built(model: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
         config, timing = _settings(cfg), _timing(cfg)
+        if timing.enabled and type(model) is not gpt:
+            raise ExactError(
+                f"model.qk_timing.enabled=true, but {type(model).__name__} takes its steps in a way of its own. Set it to false"
+            )
         if timing.enabled:
             cfg = copy.deepcopy(cfg)
             with open_dict(cfg):
-                cfg.pop("qk_timing")
+                cfg.pop("qk_timing", None)
         if config.enabled and type(model) is gpt:
             reasons = refusals(cfg, config)
             if reasons:
@@ -78,14 +85,24 @@ def install() -> None:
             model.__class__ = ExactGPTModel
             model.exact = _Run(config)
         build_gpt(model, cfg, *args, **kwargs)
-        model.qk_timing = timing
+        model.exact_settings, model.qk_timing = config, timing
 
     # Not training_step: Lightning reads that one's arguments.
     @functools.wraps(step)
     def stepped(model: Any, dataloader_iter: Any, forward_only: bool, *args: Any, **kwargs: Any) -> Any:
-        if model.qk_timing.enabled and not forward_only:
-            before_nemo_step(model.qk_timing, model.trainer, model.get_model_module_list(), _say)
+        timing = getattr(model, "qk_timing", None)  # none where the model is older than this hook
+        if timing is not None and timing.enabled and not forward_only:
+            before_nemo_step(timing, model.trainer, model.get_model_module_list(), _say)
         return step(model, dataloader_iter, forward_only, *args, **kwargs)
+
+    @functools.wraps(load)
+    def loaded(model: Any, checkpoint: dict[str, Any]) -> None:
+        # Only where training goes on: evaluation and conversion load weighted checkpoints too, and subclasses fine-tune.
+        trainer = model._trainer
+        if type(model) is gpt and trainer is not None and trainer.state.fn == "fit":
+            config = getattr(model, "exact_settings", None) or settings(None)  # a model older than this hook
+            refuse_unweighted(checkpoint.get("exact"), config, ANEW)
+        load(model, checkpoint)
 
     @functools.wraps(build_any)
     def any_built(model: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
@@ -101,7 +118,8 @@ def install() -> None:
         build_any(model, cfg, *args, **kwargs)
 
     gpt_built.exact = True  # type: ignore[attr-defined]
-    gpt.__init__, base.__init__, gpt.fwd_bwd_step = gpt_built, any_built, stepped
+    gpt.__init__, base.__init__ = gpt_built, any_built
+    gpt.fwd_bwd_step, gpt.on_load_checkpoint = stepped, loaded
 
 
 def _settings(cfg: Any) -> ExactConfig:
@@ -117,7 +135,8 @@ def _settings(cfg: Any) -> ExactConfig:
 def _timing(cfg: Any) -> QKTimingConfig:
     """Read model.qk_timing, and write what was not said into it."""
     block: Any = OmegaConf.to_container(cfg.qk_timing, resolve=True) if cfg.get("qk_timing") else None
-    timing = take_timing([], os.environ, said(block))[0]
+    file = take_timing([], os.environ)[0]
+    timing = QKTimingConfig.from_mapping({**file.to_dict(), **said(block)})
     if block is not None:
         with open_dict(cfg):
             cfg.qk_timing = timing.to_dict()
@@ -154,6 +173,9 @@ class ExactGPTModel(host.MegatronGPTModel):
                 "EXACT divides the loss itself and knows one prediction per target: unset calculate_per_token_loss and mtp_num_layers "
                 "in model.mcore_customization_config"
             )
+        reasons = unsupported_loss(config)
+        if reasons:
+            raise ValueError("EXACT refuses this run:\n  " + "\n  ".join(reasons))
         if not masked(self.cfg):
             return super().model_provider_func(pre_process, post_process)
         with masking_documents(MaskAttention):
@@ -234,9 +256,7 @@ class ExactGPTModel(host.MegatronGPTModel):
         checkpoint["exact"] = self.exact.state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_resumed(
-            checkpoint.get("exact"), self.exact.state, self.exact.config, "start anew with another exp_manager.exp_dir"
-        )
+        check_resumed(checkpoint.get("exact"), self.exact.state, self.exact.config, ANEW)
         super().on_load_checkpoint(checkpoint)
 
 

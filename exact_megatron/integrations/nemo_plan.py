@@ -19,7 +19,8 @@ def check_version(version: str, *, recipes: bool = False) -> None:
 
     Args:
         version: nemo.__version__, "2.4.0".
-        recipes: nemo.collections.llm is needed (2.0 to 2.7), else the YAML-configured MegatronGPTModel (up to 2.5.0).
+        recipes: nemo.collections.llm with 2.4's MaskedTokenLossReduction is needed (2.4 to 2.7), else the YAML-configured
+            MegatronGPTModel (up to 2.5.0).
 
     Raises:
         ExactError: this version lacks it.
@@ -30,6 +31,12 @@ def check_version(version: str, *, recipes: bool = False) -> None:
     if recipes and numbers < (2,):
         raise ExactError(
             f"nemo_toolkit {version} has no nemo.collections.llm: use its YAML (exact_megatron.integrations.nemo)"
+        )
+    if recipes and numbers < (2, 4):
+        # 2.0 to 2.2: forward returns two values. 2.3: llm/gpt/model/base.py:745-765 puts loss_mask.sum() into the batch as the count.
+        raise ExactError(
+            f"nemo_toolkit {version} counts a recipe's targets by the sum of loss_mask, which would be the weights': use its YAML "
+            "(exact_megatron.integrations.nemo), or recipes of 2.4 to 2.7"
         )
     if not recipes and numbers > (2, 5, 0):
         raise ExactError(

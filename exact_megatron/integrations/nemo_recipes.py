@@ -1,4 +1,4 @@
-"""NeMo 2 recipes (nemo.collections.llm, nemo_toolkit 2.0 to 2.7): a dataset class for PreTrainingDataModule and a callback.
+"""NeMo 2 recipes (nemo.collections.llm, nemo_toolkit 2.4 to 2.7): a dataset class for PreTrainingDataModule and a callback.
 
     recipe.data = run.Config(PreTrainingDataModule, ..., dataset_cls=ExactDataset, reset_attention_mask=True)
     recipe.trainer.callbacks.append(run.Config(ExactCallback, alpha=0.15))
@@ -12,6 +12,7 @@ names every class of a recipe; model weights do not.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import nemo
@@ -25,7 +26,7 @@ from ..supported import unsupported_loss
 from .documents import MaskAttention, check_masked, join_boundaries, masking_documents
 from .nemo_plan import check_version, settings
 from .reports import LossSums
-from .weights import check_resumed, table_lines
+from .weights import check_resumed, refuse_unweighted, table_lines
 
 check_version(nemo.__version__, recipes=True)
 
@@ -69,6 +70,14 @@ class ExactLossReduction(MaskedTokenLossReduction):
         return total, count, logged
 
 
+class _Masking(ExitStack):
+    """masking_documents(MaskAttention), which NeMo enters each time it configures a model."""
+
+    def __enter__(self) -> _Masking:
+        self.enter_context(masking_documents(MaskAttention))
+        return self
+
+
 class ExactCallback(Callback):
     """EXACT in a NeMo 2 run.
 
@@ -79,6 +88,7 @@ class ExactCallback(Callback):
     Raises (when the trainer sets up):
         ValueError: an unknown setting; a model, data or layout that EXACT would weight wrongly; no tail target in the data.
         ExactError: the data are not ExactDataset's.
+        ValueError (when it resumes): the checkpoint has other weights, or has weights and this run does not enable them.
     """
 
     def __init__(self, enabled: bool = True, **options: Any) -> None:
@@ -171,7 +181,7 @@ class ExactCallback(Callback):
     def _mask(self, pl_module: Any, seq_length: int) -> None:
         """Boundaries go beside the batch, which is cut under context parallelism, and enter the model as attention_mask."""
         config = pl_module.config
-        pl_module.model_context_managers = [*pl_module.model_context_managers, masking_documents(MaskAttention)]
+        pl_module.model_context_managers = [*pl_module.model_context_managers, _Masking()]
 
         def data_step(iterator: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
             drawn = next(iterator)
@@ -207,8 +217,10 @@ class ExactCallback(Callback):
         return self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        anew = "start anew with another log directory"
+        refuse_unweighted(state_dict, self.config, anew)
         if self.state:
-            check_resumed(state_dict, self.state, self.config, "start anew with another log directory")
+            check_resumed(state_dict, self.state, self.config, anew)
 
 
 class QKTimingCallback(Callback):

@@ -24,9 +24,8 @@ from ..config import (
 
 FLAG = "--exact-"
 ENVIRONMENT = "EXACT_"
-NOT_SETTINGS = frozenset(
-    {"EXACT_CONFIG", "EXACT_WARNINGS"}
-)  # EXACT_CONFIG names a file, EXACT_WARNINGS is the command's
+# EXACT_CONFIG names a file, EXACT_WARNINGS is the command's, EXACT_SLURM the tests'
+NOT_SETTINGS = frozenset({"EXACT_CONFIG", "EXACT_WARNINGS", "EXACT_SLURM"})
 KEYS = tuple(field.name for field in dataclasses.fields(ExactConfig))
 TIMING_KEYS = tuple(field.name for field in dataclasses.fields(QKTimingConfig))
 SWITCHES = tuple(field.name for field in dataclasses.fields(ExactConfig) if isinstance(field.default, bool))
@@ -108,6 +107,8 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Read a block of settings from YAML or JSON: a whole run's file with model.exact, one with exact, or the block alone.
 
+    A file with query/key timing only, model.qk_timing or qk_timing, is an empty block.
+
     Raises:
         ValueError: the file is no mapping, or holds other things but no such block.
         FileNotFoundError: there is no such file.
@@ -117,6 +118,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         if not {"exact", "qk_timing"} & set(data["model"]):
             raise ValueError(f"{path} has no model.exact")
         data = {"exact": data["model"].get("exact")}
+    if set(data) == {"qk_timing"}:
+        return {}
     return read_block(data["exact"] if "exact" in data else data)
 
 

@@ -23,6 +23,23 @@ def table_lines(table: WeightTable) -> list[str]:
     return lines
 
 
+def refuse_unweighted(before: Mapping[str, Any] | None, config: ExactConfig, anew: str) -> None:
+    """Refuse to go on from a checkpoint of a weighted run in a run that does not enable EXACT.
+
+    Args:
+        before, anew: as in `check_resumed`.
+        config: the run's settings.
+
+    Raises:
+        ValueError: it would, and not config.allow_changed_weights.
+    """
+    if before and not config.enabled and not config.allow_changed_weights:
+        raise ValueError(
+            "the checkpoint was trained with EXACT's weights, and this run does not enable them: add model.exact.enabled=true, "
+            f"{anew}, or go on without weights with model.exact.allow_changed_weights=true"
+        )
+
+
 def check_resumed(before: Mapping[str, Any] | None, now: Mapping[str, Any], config: ExactConfig, anew: str) -> None:
     """Compare the weights of a checkpoint with the run's.
 

@@ -66,7 +66,7 @@ for arm in before after; do
     [ "$arm" = after ] && source="$run/hf"
     "$evaluate" evaluate "$source" --output "$run/evaluation/$arm" --suite distance-probe context-loss ruler nolima \
         --limit 2 --trained-length 2048 --distances 64 512 2048 --data "$run/data/stdlib" --window 1024 \
-        --lengths 1024 --tasks niah_single_1 vt --needles "$needles" --haystacks "$books" --depths 2 --max-new-tokens 8
+        --lengths 1024 --tasks niah_single_1 ruler_vt --needles "$needles" --haystacks "$books" --depths 2 --max-new-tokens 8
     "$evaluate" evaluate "$source" --output "$run/evaluation/$arm" --suite short --datasets "$run/brought/short" --limit 2
 done
 "$evaluate" evaluate compare "$run/evaluation/before" "$run/evaluation/after" --output "$run/evaluation/compare"

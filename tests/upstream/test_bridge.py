@@ -80,6 +80,8 @@ def folder(tmp_path_factory):
         launch("resumed", *resume("one"), *EXACT),
         launch("changed", *resume("one"), *EXACT, "model.exact.alpha=0.4"),
         launch("accepted", *resume("one"), *EXACT, "model.exact.alpha=0.4", "model.exact.allow_changed_weights=true"),
+        launch("unweighted", *resume("one"), "model.exact.enabled=false"),
+        launch("unweighted_stage", *data_only, MASKED, f"checkpoint.load={folder}/one", "checkpoint.finetune=true"),
         plain("taken_over", *resume("one")),
         launch("typo", *masked, "model.exact.alhpa=0.4"),
         call("typo_yaml", "--config-file", str(folder / "typo.yaml"), *masked),
@@ -226,6 +228,13 @@ def test_resume_with_other_weights_is_refused_with_both_values(logs):
     log = logs("changed")
     assert not log.ok and "alpha: 0.5 in the checkpoint, now 0.4" in log.text
     assert sorted(logs("accepted").steps()) == [4, 5, 6, 7, 8]
+
+
+def test_a_weighted_checkpoint_goes_on_unweighted_only_as_a_new_stage(logs):
+    log = logs("unweighted")
+    assert not log.ok and "trained with EXACT's weights, and this run does not enable them" in log.text
+    assert not re.search(r"iteration +\d+/", log.text)
+    assert sorted(logs("unweighted_stage").steps()) == list(range(1, 9))
 
 
 def test_checkpoints_are_those_of_stock_bridge(logs, folder):

@@ -76,6 +76,7 @@ REFUSED = {
     "dropout": ([*EXACT, "model.attention_dropout=0.1"], "attention_dropout=0.1: set it to 0.0"),
     "own_misspelled": ([], "unknown key model.exact.alhpa: did you mean model.exact.alpha?"),
     "changed": ([], "alpha: 0.5 in the checkpoint, now 0.4"),
+    "unweighted": ([], "trained with EXACT's weights, and this run does not enable them"),
 }
 
 
@@ -113,6 +114,7 @@ def logs(tmp_path_factory):
         job("saved", [*EXACT, *SAVE]),
         job("resumed", [*EXACT, *SAVE, checkpoint]),
         job("changed", [*EXACT, *SAVE, checkpoint, "model.exact.alpha=0.4"]),
+        job("unweighted", [*MASKED, "model.data.eod_mask_loss=true", *SAVE, checkpoint]),
         job("accepted", [*EXACT, *SAVE, checkpoint, "model.exact.alpha=0.4", "model.exact.allow_changed_weights=true"]),
         job("environment", [*MASKED, "model.data.eod_mask_loss=true"],
             environment={"EXACT_ENABLED": "true", "EXACT_ALPHA": "0.5", "EXACT_TAU": "16"}),
