@@ -109,7 +109,7 @@ submit() {
     fi
     [ ! -e "$run/slurm/finished" ] || finished=1
     if [ -z "$queued" ] && { [ -e "$run/slurm/stale" ] || { [ -n "$after" ] &&
-        { [ -n "$finished" ] || [ -e "$run/checkpoints" ] || [ -e "${output:-$run/checkpoints}" ]; }; }; }; then
+        { [ -n "$finished" ] || [ -d "$run/checkpoints" ] || [ -d "${output:-$run/checkpoints}" ]; }; }; }; then
         stale+=("$made")
         [ -n "$dry_run" ] || [ ! -d "$run/slurm" ] || : >"$run/slurm/stale"
         job=again

@@ -34,7 +34,7 @@ from .documents import check_masked, feed_documents, masking_documents
 from .hooks import file_of, replaced, script_global
 from .megatron_lm_plan import OWN, core_version, plan_masking, refusals
 from .settings import take_settings, take_timing
-from .weights import check_resumed, table_lines
+from .weights import check_resumed, refuse_unweighted, table_lines
 
 BUCKET = "lm loss "  # what ExactLoss names the losses of buckets by
 
@@ -167,12 +167,7 @@ class MegatronLM:
         @functools.wraps(check)
         def compared(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
             self._resumed = getattr(checkpoint_args, "exact", None)
-            if self._resumed and not self.config.enabled and not self.config.allow_changed_weights:
-                raise ValueError(
-                    "the checkpoint was trained with EXACT's weights, and this run does not enable them: add "
-                    "model.exact.enabled=true, start anew with --finetune, or go on without weights with "
-                    "model.exact.allow_changed_weights=true"
-                )
+            refuse_unweighted(self._resumed, self.config, "start anew with --finetune")
             return check(checkpoint_args, *args, **kwargs)
 
         return compared
