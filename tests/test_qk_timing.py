@@ -337,9 +337,9 @@ def test_optimizers_that_update_otherwise_are_refused(change, message):
 
 def test_other_optimizers_of_nemo_are_refused_and_bridge_tells_its_progress():
     trainer = Namespace(optimizers=[Lion([torch.nn.Parameter(torch.zeros(1))], lr=1)], max_steps=10, global_step=0)
-    with pytest.raises(ExactError, match="Lion is not supported, use Megatron's Adam or SGD"):
+    with pytest.raises(ExactError, match="Lion is not Megatron's optimizer: set model.optim.name=mcore"):
         before_nemo_step(QKTimingConfig(enabled=True), trainer, [SimpleNamespace(decoder=decoder())], print)
-    trainer.max_steps = -1
+    trainer.max_steps, trainer.optimizers = -1, [SimpleNamespace(mcore_optimizer=None)]
     with pytest.raises(ExactError, match="trainer.max_steps=-1, and the phase is a share of the steps"):
         before_nemo_step(QKTimingConfig(enabled=True), trainer, [], print)
     state = Namespace(train_state=Namespace(step=3), cfg=Namespace(train=Namespace(train_iters=8)))
