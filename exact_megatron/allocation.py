@@ -10,6 +10,13 @@ import numpy as np
 from .config import ExactConfig
 from .exposure import ExposureCensus, bucket_sums, log2_bucket_edges
 
+WIDEST = 2.0**24  # largest over smallest weight; beyond, adding the two in float32 loses the smaller
+MEAN_TOLERANCE = 1e-4  # of the corpus mean; float32 keeps it to about 1e-7 while no weight is many times another
+
+
+class NoTail(ValueError):
+    """No target lies in the tail, so that there is nothing to weight."""
+
 
 class WeightTable:
     """Weight of a target by its effective context.
@@ -29,7 +36,7 @@ class WeightTable:
         digest: 16 hex digits that change with the window and any weight.
     """
 
-    def __init__(self, counts: np.ndarray, seq_length: int, config: ExactConfig) -> None:
+    def __init__(self, counts: np.ndarray, seq_length: int, config: ExactConfig, weighted: bool = True) -> None:
         config = config.validated(seq_length)
         tau = config.tau
         assert tau is not None
@@ -39,32 +46,51 @@ class WeightTable:
         self.edges = log2_bucket_edges(seq_length)
         self.tail = np.flatnonzero(self.edges[:-1] >= tau)
         bucket_counts = bucket_sums(self.counts, seq_length)
-        self.bucket_weights = _bucket_weights(bucket_counts, self.tail, config, self.counts)
+        self.bucket_weights = np.ones(len(bucket_counts))
+        if weighted:
+            self.bucket_weights = _bucket_weights(bucket_counts, self.tail, config, self.counts)
 
         scale = 1.0
         if config.normalization == "corpus":
             scale = float(bucket_counts @ self.bucket_weights / bucket_counts.sum())
-        applied = (self.bucket_weights / scale).astype(np.float32)
-        if not np.isfinite(applied).all():
-            raise ValueError(
-                f"model.exact.alpha={config.alpha:g} and model.exact.gamma={config.gamma:g} give weights that float32 cannot hold"
-            )
+        with np.errstate(over="ignore"):  # refused below
+            applied = (self.bucket_weights / scale).astype(np.float32)
         self.marks = np.empty(0, np.float32)
-        if (self.bucket_weights != 1).any():
+        if (self.bucket_weights != 1).any() and np.isfinite(applied).all():
             applied = _distinct(self.bucket_weights / scale, self.tail, bucket_counts, config.normalization == "corpus")
             self.marks = applied[self.tail]
         self.lookup = np.repeat(applied, np.diff(self.edges))
-        self.mean = float(self.counts @ self.lookup.astype(np.float64) / self.counts.sum())
+        with np.errstate(invalid="ignore"):
+            self.mean = float(self.counts @ self.lookup.astype(np.float64) / self.counts.sum())
+        self._refuse_broken_weights(applied)
         self.digest = hashlib.sha256(f"{seq_length} ".encode() + self.lookup.tobytes()).hexdigest()[:16]
+
+    def _refuse_broken_weights(self, applied: np.ndarray) -> None:
+        config = self.config
+        short = f"{applied[0]:g} below tau={config.tau}, " if self.tail[0] else ""
+        found = f"{short}up to {applied[self.tail].max():g} from there on, and their mean is {self.mean:.9g}"
+        given = f"model.exact.alpha={config.alpha:g} with model.exact.gamma={config.gamma:g} gives the weights {found}"
+        remedy = "choose a smaller model.exact.alpha (paper: 0.15), or cap the weights with model.exact.max_weight"
+        if not (np.isfinite(applied).all() and applied.min() > 0 and applied.max() <= WIDEST * applied.min()):
+            raise ValueError(f"{given}: in a float32 sum the largest leaves nothing of the smallest; {remedy}")
+        if config.normalization == "corpus" and abs(self.mean - 1) > MEAN_TOLERANCE:
+            raise ValueError(
+                f"{given}, more than {MEAN_TOLERANCE:g} from the 1 that keeps loss and learning rate the baseline's; {remedy}"
+            )
 
     @classmethod
     def from_census(cls, census: ExposureCensus, config: ExactConfig) -> WeightTable:
         """Weights for the stream that was counted.
 
         Raises:
-            ValueError: no target lies in the tail.
+            NoTail: no target lies in the tail. ValueError: float32 does not hold the weights.
         """
         return cls(census.counts, census.seq_length, config)
+
+    @classmethod
+    def unweighted(cls, census: ExposureCensus, config: ExactConfig) -> WeightTable:
+        """Every weight 1, to show a stream that cannot be weighted."""
+        return cls(census.counts, census.seq_length, config, weighted=False)
 
     @classmethod
     def from_counts(
@@ -136,7 +162,7 @@ def _bucket_weights(bucket_counts: np.ndarray, tail: np.ndarray, config: ExactCo
         longest = int(np.flatnonzero(counts)[-1]) if counts.any() else 0
         edges = log2_bucket_edges(len(counts) - 1)[:-1]
         least = int(edges[edges <= longest][-1])
-        raise ValueError(
+        raise NoTail(
             f"no target has an effective context of tau={config.tau} or more in a window of {len(counts) - 1} tokens: the longest "
             f"seen is {longest}. Set model.exact.tau to at most {least}, the last bucket with targets, or use longer documents"
         )
@@ -167,6 +193,7 @@ def _distinct(exact: np.ndarray, tail: np.ndarray, bucket_counts: np.ndarray, ke
     short = bucket_counts[: tail[0]].sum()
     if keep_mean and short:
         weight = np.float32((bucket_counts.sum() - bucket_counts[tail] @ rounded[tail].astype(np.float64)) / short)
-        if weight < rounded[tail].min():
+        # A short part of a few targets cannot take up the rounding of millions: its weight stays, the mean is off by 1e-7.
+        if abs(weight - rounded[0]) <= 1e-3 * rounded[0] and weight < rounded[tail].min():
             rounded[: tail[0]] = weight
     return rounded

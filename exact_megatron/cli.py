@@ -5,19 +5,55 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import sys
 import warnings
 from pathlib import Path
 
-from . import __version__
+from . import __version__, extras
 from .config import PREFIX, ExactConfig, ExactError
+
+READER_GONE = 141  # as a shell reports a program that SIGPIPE ended
+TRACEBACK = "--traceback"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; a problem with the user's input is one line on stderr and exit code 2."""
+    """Run one command and return its exit code.
+
+    A problem with the user's input is one line on stderr and code 2. A reader of the output that leaves early, `| head`, is
+    no problem: nothing is said, and the code is 141.
+    """
+    try:
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return READER_GONE
+    except SystemExit as end:  # rich ends the program so
+        if isinstance(end.__context__, BrokenPipeError):
+            return READER_GONE
+        raise
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads; what is still to be written goes nowhere then."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+def _main(given: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="exact-megatron", description=__doc__)
     parser.add_argument("--version", action="version", version=f"exact-megatron {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show where an input error was found")
+    parser.add_argument(
+        TRACEBACK, action="store_true", help="show where an error was found; before or after the command"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     add = commands.add_parser("prepare", help="text to Megatron .bin/.idx, with a tokenizer of your own or a given one")
@@ -32,21 +68,34 @@ def main(argv: list[str] | None = None) -> int:
     add.add_argument("prefix", nargs="+", help="common prefix of a .bin/.idx pair; several are counted together")
     add.add_argument("--seq-length", type=int, required=True, help="window in tokens")
     defaults = ExactConfig()
-    add.add_argument("--alpha", type=float, default=defaults.alpha)
-    add.add_argument("--gamma", type=float, default=defaults.gamma)
-    add.add_argument(
-        "--tau", type=int, default=defaults.tau, help="lower edge of the tail; default: a quarter of the window"
-    )
-    add.add_argument("--eps", type=float, default=defaults.eps)
-    add.add_argument("--normalization", choices=("corpus", "none"), default=defaults.normalization)
-    add.add_argument("--max-weight", type=float, default=defaults.max_weight)
+    add.add_argument("--alpha", type=float, help=f"default: {defaults.alpha}")
+    add.add_argument("--gamma", type=float, help=f"default: {defaults.gamma}")
+    add.add_argument("--tau", type=int, help="lower edge of the tail; default: a quarter of the window")
+    add.add_argument("--eps", type=float, help=f"default: {defaults.eps}")
+    add.add_argument("--normalization", choices=("corpus", "none"), help=f"default: {defaults.normalization}")
+    add.add_argument("--max-weight", type=float, help="default: none")
     add.add_argument("--eod-mask-loss", action="store_true", help="targets after a document's EOD are not supervised")
-    add.add_argument("--json", metavar="FILE", help="write the table as JSON; - is standard output")
-    add.add_argument("--plot", metavar="FILE", help="draw where supervision goes, before and after (PNG, SVG or PDF)")
+    add.add_argument(
+        "--json",
+        metavar="FILE",
+        type=_not_empty,
+        help="write the table as JSON; - is standard output, without the table",
+    )
+    add.add_argument(
+        "--plot",
+        metavar="FILE",
+        type=_not_empty,
+        help="draw where supervision goes, before and after (PNG, SVG or PDF)",
+    )
     add.set_defaults(run=run_census)
 
     add = commands.add_parser("train", help="train with the native runner")
     _add_run_arguments(add)
+    add.add_argument(
+        "--check",
+        action="store_true",
+        help="look at all that a run looks at before its model is built, print what would run, and start nothing; 2 if refused",
+    )
     add.set_defaults(run=run_train)
 
     add = commands.add_parser("plan", help="layout, memory, tokens and hours of a run, before it is started")
@@ -98,11 +147,11 @@ def main(argv: list[str] | None = None) -> int:
     doctor.add_arguments(add)
     add.set_defaults(run=doctor.run)
 
-    given = sys.argv[1:] if argv is None else argv
+    given, traceback = _take_traceback(given)
     if given[:1] == ["launch"]:  # the script's arguments, and its errors, are its own
         from .launch import main as launch
 
-        return launch(given[1:])
+        return launch(given[1:], traceback)
     if given[:2] == ["evaluate", "compare"]:  # a parser of its own: `evaluate`'s options are about one model
         given = ["evaluate compare", *given[2:]]
     if given[:1] == ["doctor"]:  # a launcher's line may begin with a flag of its own: doctor --exact-enabled SCRIPT
@@ -110,17 +159,42 @@ def main(argv: list[str] | None = None) -> int:
         args.line = [*flags, *args.line]
     else:
         args = parser.parse_args(given)
+    args.traceback = traceback
     _quiet_warnings()
     try:
         return args.run(args)
-    except (ValueError, OSError, ExactError) as error:
-        if args.traceback:
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, ExactError, ImportError) as error:
+        said: object = extras.remedy(error) if isinstance(error, ImportError) else error
+        if traceback or said is None:
             raise
-        print(f"exact-megatron {args.command}: {error}", file=sys.stderr)
+        print(f"exact-megatron {args.command}: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _take_traceback(given: list[str]) -> tuple[list[str], bool]:
+    """The command line without --traceback, and whether it was there: before the command, and after it among its own options.
+
+    A script's arguments (launch, doctor) are the script's, and what follows -- is no option.
+    """
+    scripted = next((word for word in given if word != TRACEBACK), "") in ("launch", "doctor")
+    own = len(given)
+    if scripted:
+        own = next((i for i, word in enumerate(given) if word not in (TRACEBACK, "launch", "doctor")), own)
+    elif "--" in given:
+        own = given.index("--")
+    rest = [word for word in given[:own] if word != TRACEBACK]
+    return rest + given[own:], len(rest) < own
+
+
+def _not_empty(word: str) -> str:
+    if not word.strip():
+        raise argparse.ArgumentTypeError("the name is empty: is a variable of the shell unset?")
+    return word
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,19 +208,19 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_census(args: argparse.Namespace) -> int:
-    from .allocation import WeightTable
+    """Print, write and draw the census; where no target lies in the tail, unweighted, and then say so.
+
+    Returns:
+        0; 2 without a tail if a setting of the weights was given, which then have none to be computed from.
+    """
+    from .allocation import NoTail, WeightTable
     from .exposure import ExposureCensus
     from .packing import read_index
     from .report import census_json, plot_census, print_census
 
-    config = ExactConfig(
-        alpha=args.alpha,
-        gamma=args.gamma,
-        tau=args.tau,
-        eps=args.eps,
-        normalization=args.normalization,
-        max_weight=args.max_weight,
-    ).validated(args.seq_length)
+    names = ("alpha", "gamma", "tau", "eps", "normalization", "max_weight")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    config = ExactConfig(**given).validated(args.seq_length)
     parts = [
         ExposureCensus.from_document_lengths(
             read_index(prefix).lengths, args.seq_length, eod_mask_loss=args.eod_mask_loss
@@ -154,17 +228,25 @@ def run_census(args: argparse.Namespace) -> int:
         for prefix in args.prefix
     ]
     census = sum(parts[1:], parts[0])
-    table = WeightTable.from_census(census, config)
+    warning = None
+    try:
+        table = WeightTable.from_census(census, config)
+    except NoTail as error:
+        table, warning = WeightTable.unweighted(census, config), error
+    facts = json.dumps(census_json(census, table), indent=1)
     if args.json == "-":
-        print(json.dumps(census_json(census, table), indent=1))
-        return 0
-    print_census(census, table)
-    if args.json:
-        Path(args.json).write_text(json.dumps(census_json(census, table), indent=1) + "\n")
+        print(facts)
+    else:
+        print_census(census, table)
+        if args.json:
+            Path(args.json).write_text(facts + "\n")
     if args.plot:
         plot_census(census, table, args.plot)
-        print(f"picture: {args.plot}")
-    return 0
+        print(f"picture: {args.plot}", file=sys.stderr if args.json == "-" else sys.stdout)
+    if warning is not None:
+        sys.stdout.flush()
+        print(f"exact-megatron census: warning: no weights: {warning}", file=sys.stderr)
+    return 2 if warning is not None and given else 0
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -172,6 +254,8 @@ def run_train(args: argparse.Namespace) -> int:
     from .training.launch import be_single_rank, is_rank, torchrun
     from .training.vocabulary import read_vocabulary
 
+    if args.check:
+        return check_train(args)
     run = load_config(args.config, args.overrides)
     if not is_rank():
         read_vocabulary(run)  # a bad input is one message here, and one a rank later
@@ -197,6 +281,15 @@ def run_train(args: argparse.Namespace) -> int:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0
+
+
+def check_train(args: argparse.Namespace) -> int:
+    """Print what `train` would run and all reasons why it would not; 0, or 2 with a reason."""
+    from .doctor import native_run, run_lines
+
+    report = native_run(args.config, args.overrides, build=True)
+    print("\n".join(run_lines(report)))
+    return 2 if report["refused"] else 0
 
 
 def run_compare(args: argparse.Namespace) -> int:

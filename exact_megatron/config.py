@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
+
+from .ranges import LONGEST_WINDOW, choice, number, range_of, shown, switch, whole
 
 PREFIX = "model.exact."
 TIMING_PREFIX = "model.qk_timing."
@@ -26,6 +26,11 @@ class _Block:
 
     prefix: ClassVar[str]
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = range_of(field).accept(self.prefix + field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
@@ -34,28 +39,32 @@ class _Block:
         """Build from a block of YAML, JSON or a checkpoint.
 
         Raises:
-            ValueError: an unknown key, named with the nearest known one, or a value of the wrong kind.
+            ValueError: an unknown key, named with the nearest known one, a value out of its range, or no mapping.
         """
         known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        for key in mapping or {}:
+        values = as_mapping(cls.prefix.rstrip("."), mapping)
+        for key in values:
             if key not in known:
                 raise ValueError(unknown_key(f"{cls.prefix}{key}", [cls.prefix + k for k in known]))
-        return cls(**dict(mapping or {}))
+        return cls(**values)
 
     @classmethod
     def from_overrides(cls: type[Block], overrides: Iterable[str], base: Mapping[str, Any] | None = None) -> Block:
         """Build from `model.exact.key=value` strings (a leading + or ++, as Hydra has it, is accepted) over `base`.
 
         Raises:
-            ValueError: an override that is not of this form, an unknown key or a value of the wrong kind.
+            ValueError: an override that is not of this form, an unknown key or a value out of its range.
         """
-        values = dict(base or {})
+        values = as_mapping(cls.prefix.rstrip("."), base)
         for override in overrides:
             key, equals, text = override.lstrip("+").partition("=")
             if not equals or not key.startswith(cls.prefix):
                 raise ValueError(f"expected {cls.prefix}key=value, got {override!r}")
             values[key.removeprefix(cls.prefix)] = parse_scalar(text)
         return cls.from_mapping(values)
+
+
+_WINDOW = range_of(whole(4096, least=1, most=LONGEST_WINDOW))
 
 
 @dataclass(frozen=True)
@@ -81,37 +90,16 @@ class ExactConfig(_Block):
 
     prefix = PREFIX
 
-    enabled: bool = False
-    alpha: float = 0.15
-    gamma: float = 0.5
-    tau: int | None = None
-    eps: float = 1e-8
-    normalization: str = "corpus"
-    max_weight: float | None = None
-    log_buckets: bool = True
-    allow_unmasked_documents: bool = False
-    allow_changed_weights: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("enabled", "log_buckets", "allow_unmasked_documents", "allow_changed_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{PREFIX}{name} must be true or false, not {getattr(self, name)!r}")
-        for name in ("alpha", "gamma", "eps", "tau", "max_weight"):
-            value = getattr(self, name)
-            if value is None and name in ("tau", "max_weight"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{PREFIX}{name} must be a finite number, not {value!r}")
-            if value < 0:
-                raise ValueError(f"{PREFIX}{name} must not be negative, but is {value!r}")
-        if self.tau is not None and self.tau != int(self.tau):
-            raise ValueError(f"{PREFIX}tau counts tokens and must be whole, not {self.tau!r}")
-        if self.max_weight is not None and self.max_weight < 1:
-            raise ValueError(
-                f"{PREFIX}max_weight must be at least 1 (the weight of short contexts), not {self.max_weight!r}"
-            )
-        if self.normalization not in ("corpus", "none"):
-            raise ValueError(f"{PREFIX}normalization must be 'corpus' or 'none', not {self.normalization!r}")
+    enabled: bool = switch(False)
+    alpha: float = number(0.15, least=0)
+    gamma: float = number(0.5, least=0)
+    tau: int | None = whole(None, least=0, most=LONGEST_WINDOW)
+    eps: float = number(1e-8, least=0)
+    normalization: str = choice("corpus", ["corpus", "none"])
+    max_weight: float | None = number(None, least=1)  # 1 is the weight of short contexts
+    log_buckets: bool = switch(True)
+    allow_unmasked_documents: bool = switch(False)
+    allow_changed_weights: bool = switch(False)
 
     def validated(self, seq_length: int) -> ExactConfig:
         """Return a copy for windows of `seq_length` tokens, with tau resolved to seq_length // 4 where it is None.
@@ -119,9 +107,8 @@ class ExactConfig(_Block):
         Raises:
             ValueError: the window is too short to have a tail, or no bucket starts at or above tau.
         """
-        if isinstance(seq_length, bool) or seq_length != int(seq_length) or seq_length < 1:
-            raise ValueError(f"seq_length must be a positive number of tokens, not {seq_length!r}")
-        tau = seq_length // 4 if self.tau is None else int(self.tau)
+        seq_length = _WINDOW.accept("seq_length", seq_length)
+        tau = seq_length // 4 if self.tau is None else self.tau
         last_edge = 1 << max(seq_length - 1, 1).bit_length() - 1  # the largest power of two below the window
         if last_edge < 8:
             raise ValueError(
@@ -149,25 +136,19 @@ class QKTimingConfig(_Block):
 
     prefix = TIMING_PREFIX
 
-    enabled: bool = False
-    scale: float = 0.25
-    hold: float = 0.04
-    anneal: float = 0.01
-    layers: str = "upper_half"
+    enabled: bool = switch(False)
+    scale: float = number(0.25, least=0, most=1)
+    hold: float = number(0.04, least=0, most=1)
+    anneal: float = number(0.01, least=0, most=1)
+    layers: str = choice("upper_half", ["upper_half", "all"])
 
     def __post_init__(self) -> None:
-        if not isinstance(self.enabled, bool):
-            raise ValueError(f"{TIMING_PREFIX}enabled must be true or false, not {self.enabled!r}")
-        for name in ("scale", "hold", "anneal"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ValueError(f"{TIMING_PREFIX}{name} must be a number from 0 to 1, not {value!r}")
+        super().__post_init__()
         if self.hold + self.anneal > 1:
             raise ValueError(
-                f"{TIMING_PREFIX}hold={self.hold} and anneal={self.anneal} are shares of the training steps, and together above 1"
+                f"{TIMING_PREFIX}hold={self.hold} and {TIMING_PREFIX}anneal={self.anneal} are shares of the training steps, and "
+                "together above 1"
             )
-        if self.layers not in ("upper_half", "all"):
-            raise ValueError(f"{TIMING_PREFIX}layers must be 'upper_half' or 'all', not {self.layers!r}")
 
     def factor(self, step: int, total_steps: int) -> float:
         """Factor on the learning rate for the step after `step` done ones of `total_steps`; exactly 1.0 outside the phase."""
@@ -193,26 +174,33 @@ def split_overrides(arguments: Iterable[str], prefix: str = PREFIX) -> tuple[lis
 
 
 def parse_scalar(text: str) -> Any:
-    """Read a YAML scalar as far as this schema needs it: booleans, null, numbers (1e-8 too), else the text itself."""
-    words = {
-        "true": True,
-        "True": True,
-        "false": False,
-        "False": False,
-        "null": None,
-        "None": None,
-        "~": None,
-        "": None,
-    }
+    """Read a YAML scalar as far as this schema needs it: true, false, null, numbers (1e-8 too), else the text itself.
+
+    Empty text stays empty text, which no setting takes: null means none.
+    """
+    words = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None, "~": None}
+    text = text.strip()
     if text in words:
         return words[text]
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+    for kind in (int, float):
         try:
-            return float(text)
+            return kind(text)
         except ValueError:
-            return text.strip("'\"")
+            pass
+    return text.strip("'\"")
+
+
+def as_mapping(key: str, block: Any) -> dict[str, Any]:
+    """A block of settings as a dict; none is an empty one.
+
+    Raises:
+        ValueError: it is a list, a word or a number.
+    """
+    if block is None:
+        return {}
+    if not isinstance(block, Mapping):
+        raise ValueError(f"{key}={shown(block)} is not a block of keys and values")
+    return {str(name): value for name, value in block.items()}
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:

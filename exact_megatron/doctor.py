@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import extras
 from .allocation import WeightTable
 from .config import ExactConfig, ExactError
 from .exposure import ExposureCensus
@@ -188,14 +189,18 @@ def _problems(*looks: Callable[[], Any]) -> list[str]:
         try:
             look()
         except ImportError as error:
-            found.append(f"{error.name or error} cannot be imported here: pip install exact-megatron[all]")
+            found.append(extras.remedy(error) or f"{error}: pip install 'exact-megatron[all]'")
         except (ValueError, OSError, ExactError) as error:
             found.append(str(error))
     return found
 
 
-def native_run(config: list[str] | None, overrides: list[str]) -> dict[str, Any]:
-    """What `exact-megatron train` would do with this configuration on this machine."""
+def native_run(config: list[str] | None, overrides: list[str], build: bool = False) -> dict[str, Any]:
+    """What `exact-megatron train` would do with this configuration on this machine.
+
+    Args:
+        build: build the index caches, as the run does, and count its own stream instead of the data in stored order.
+    """
     from .training.config import load_config
 
     runs: list[Any] = []
@@ -223,19 +228,72 @@ def native_run(config: list[str] | None, overrides: list[str]) -> dict[str, Any]
         uses_transformer_engine(run)
         transformer_config(run)
 
+    plan = _plan(run)
+
     def start() -> None:
         from .training.checkpoint import checkpoints, find_checkpoint
 
-        if run.restore_from_path is not None and not checkpoints(run.exp_manager.exp_dir):
-            find_checkpoint(run.restore_from_path)
+        folder = run.exp_manager.exp_dir
+        found = checkpoints(folder)
+        if found and not run.exp_manager.resume_if_exists:
+            raise ValueError(
+                f"{folder} holds checkpoints, and exp_manager.resume_if_exists=false: choose another folder"
+            )
+        if found:
+            plan["start"] = f"resumes from {found[-1]}"
+        elif run.restore_from_path is not None:
+            plan["start"] = f"from the weights of {find_checkpoint(run.restore_from_path)}"
+
+    vocabularies: list[Any] = []
 
     def vocabulary() -> None:
         from .training.vocabulary import read_vocabulary
 
-        read_vocabulary(run)
+        vocabularies.append(read_vocabulary(run))
+        plan["vocabulary"] = f"{vocabularies[0].vocab_size:,} tokens, EOD {vocabularies[0].eod}"
 
-    refused = _problems(vocabulary, on_this_machine, start)
+    def stream() -> None:
+        from .loss import ExactLoss, gpt_loss
+        from .training.data import build_datasets
+
+        loss = ExactLoss(run.model.exact)
+        loss.wrap(gpt_loss)
+        datasets, builder = build_datasets(run, vocabularies[0], loss)
+        sizes = [len(dataset) if dataset is not None else 0 for dataset in datasets[:2]]
+        plan["samples"] = f"{sizes[0]:,} for training, {sizes[1]:,} for validation"
+        table = builder.table
+        if table is not None:
+            facts = {"tau": table.config.tau, "alpha": table.config.alpha, "gamma": table.config.gamma}
+            counted.update(facts, tail_share=table.tail_share, weighted_tail_share=table.weighted_tail_share)
+            weights = [*table.lookup[: min(table.tail[0], 1)], *table.marks]
+            plan["weights"] = ", ".join(f"{n}: {w:.4f}" for n, w in zip(table.part_names, weights)) or "all 1"
+
+    counted: dict[str, Any] = {}
+    refused = _problems(vocabulary, start)
+    if run.trainer.num_nodes == 1:
+        refused += _problems(on_this_machine)
+    else:
+        plan["devices"] = f"not looked at: those of {run.trainer.num_nodes} nodes cannot be seen from here"
+    if build:
+        refused += _problems(stream) if vocabularies else []
+        found = {"enabled": run.model.exact.enabled, "documents": masking, "window": data.seq_length}
+        return {**found, **counted, "plan": plan, "refused": refused}
     return _effect(run.model.exact, data.seq_length, prefixes, masking, data.eod_mask_loss, refused)
+
+
+def _plan(run: Any) -> dict[str, str]:
+    """What a run of the native runner is, in words by name."""
+    m, t = run.model, run.trainer
+    sizes = ("tensor", m.tensor_model_parallel_size), ("pipeline", m.pipeline_model_parallel_size)
+    layout = ", ".join(
+        f"{n} {s}" for n, s in (*sizes, ("context", m.context_parallel_size), ("data", run.data_parallel_size))
+    )
+    return {
+        "folder": run.exp_manager.exp_dir,
+        "start": "anew",
+        "ranks": f"{t.num_nodes} x {t.devices} ({layout}), accelerator {t.accelerator}, precision {t.precision}",
+        "steps": f"{t.max_steps:,} of {run.tokens_per_step:,} tokens: {run.num_microbatches} micro-batches of {m.micro_batch_size}",
+    }
 
 
 def megatron_lm_run(command: list[str]) -> dict[str, Any]:
@@ -295,9 +353,12 @@ def lines(report: dict[str, Any]) -> list[str]:
     text = [f"{name:<20}{value}" for name, value in report["versions"].items()]
     text += ["", *(f"{name:<20}{value}" for name, value in report["hosts"].items())]
     run = report.get("run")
-    if run is None:
-        return text
-    text.append("")
+    return text if run is None else [*text, "", *run_lines(run)]
+
+
+def run_lines(run: dict[str, Any]) -> list[str]:
+    """What a run would do, and why it would not, as text."""
+    text = [f"{name:<20}{value}" for name, value in run.get("plan", {}).items()]
     if "window" in run:
         text.append(f"{'EXACT':<20}{'enabled' if run['enabled'] else 'off: model.exact.enabled=false'}")
         text.append(f"{'documents':<20}{run['documents']}")
@@ -305,7 +366,8 @@ def lines(report: dict[str, Any]) -> list[str]:
         text.append(f"{'window, tau':<20}{run['window']}, {run['tau']} (alpha {run['alpha']}, gamma {run['gamma']})")
     if "tail_share" in run:
         share = f"{run['tail_share']:.1%} of the targets, {run['weighted_tail_share']:.1%} of the weight"
-        text.append(f"{'tail':<20}{share} ({run['data']} file pairs in stored order, once)")
+        stream = f"{run['data']} file pairs in stored order, once" if "data" in run else "the run's own stream"
+        text.append(f"{'tail':<20}{share} ({stream})")
     reasons = [line for reason in run["refused"] for line in reason.splitlines()]
     text += [f"{'refused':<20}{line}" for line in reasons] or [
         f"{'refused':<20}nothing: EXACT would start this run (layers of --spec and a checkpoint's weights are looked at when loaded)"

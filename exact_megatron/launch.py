@@ -46,7 +46,7 @@ def parse(arguments: list[str], environment: Mapping[str, str]) -> tuple[ExactCo
     return config, script, rest[1:]
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, traceback: bool = False) -> int:
     """Run the script in this process, which is one rank of it; a problem with the settings is one line and exit code 2.
 
     Raises:
@@ -61,7 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
         timing, _ = take_timing(arguments, os.environ)
         config, script, rest = parse(arguments, os.environ)
         alone = not is_rank()
-    except (ValueError, FileNotFoundError, ExactError) as error:
+    except (ValueError, OSError, ExactError) as error:
+        if traceback:
+            raise
         print(f"exact-megatron launch: {error}", file=sys.stderr)
         return 2
     if alone:

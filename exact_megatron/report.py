@@ -27,7 +27,8 @@ def census_json(census: ExposureCensus, table: WeightTable) -> dict[str, Any]:
         seq_length and tau in tokens, samples, tokens, buckets: [{low, high (inclusive), targets, share,
         weight (as applied), weighted_share}], tail_share, weighted_tail_share, digest of the weight table,
         census_digest, and the settings alpha, gamma, eps, normalization, max_weight. Shares are fractions of
-        all supervised targets, or of the sum of their weights.
+        all supervised targets, or of the sum of their weights. Where no target lies in the tail, tail_share is 0 and
+        every weight 1.
     """
     config = table.config
     return {
@@ -63,6 +64,13 @@ def print_census(census: ExposureCensus, table: WeightTable) -> None:
 
     below = "tau" if start == config.tau else f"the first bucket from tau = {config.tau:,} on"
     counts = np.array([rows[b]["targets"] for b in tail])
+    if not counts.sum():
+        longest = int(np.flatnonzero(census.counts)[-1])
+        return print_parts(
+            out,
+            f"No target has an effective context of {start:,} tokens ({below}) or more; the longest seen is {longest:,}.",
+            f"{census.samples:,} samples, {census.tokens:,} tokens. Census {census.digest}.",
+        )
     budget = float(counts @ (table.bucket_weights[tail] - 1) / counts.sum())
     alpha = f"alpha {config.alpha:g}"
     if budget < config.alpha - 1e-6:

@@ -30,14 +30,29 @@ In containers DIR and CHECKPOINT are mounted; mount data with CONTAINER_MOUNTS.
 USAGE
 }
 
+# Refuse a value that came out empty, of an unset variable for example: `key=`, or nothing at all.
+not_empty() {
+    local word
+    for word in "${@:2}"; do
+        [[ $word =~ [^[:space:]] && ! $word =~ ^[^=]*=[[:space:]]*$ ]] ||
+            die "$1 '$word': a value is empty. Is a variable unset? key=null means none"
+    done
+}
+
 die() {
     echo "stages.sh: $*" >&2
     exit 2
 }
 
+# name_of OPTION NAME
+name_of() {
+    [[ $2 =~ ^[A-Za-z0-9_][A-Za-z0-9_.+-]*$ ]] ||
+        die "$1 $2: it begins with a name, the name of a folder: letters, digits, and _ . + - after the first"
+}
+
 SCRIPTS=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 export SCRIPTS
-folder='' base='' evaluate='--suite distance-probe' last=evaluate dry_run='' stages=() arms=() training=() task=()
+folder='' base='' evaluate='--suite distance-probe' last=evaluate dry_run='' stages=() arms=() training=() task=() labels=' '
 while [ $# -gt 0 ]; do
     case $1 in
     --dry-run) dry_run=1 ;;
@@ -47,6 +62,7 @@ while [ $# -gt 0 ]; do
         [ $# -ge 2 ] || die "$1 needs a value"
         [[ $1 =~ ^--(folder|base|last)$ || $2 != *[\"\'$'\n']* ]] ||
             die "$1 $2: it is split at blanks, and quotes are not understood. Leave quotes and line ends out"
+        [[ $1 =~ sbatch$ ]] || not_empty "$1" "$2" # no options for sbatch are fine
         case $1 in
         --folder) folder=$2 ;;
         --base) base=$2 ;;
@@ -67,6 +83,28 @@ done
 [ ${#stages[@]} -gt 0 ] || die "no --stage; see --help"
 [ ${#arms[@]} -gt 0 ] || arms=("baseline model.exact.enabled=false" "exact model.exact.enabled=true")
 case $last in train | convert | evaluate) ;; *) die "--last $last: train, convert or evaluate" ;; esac
+not_empty 'an argument of training' "$@"
+# Folders and jobs are named by arm and stage: two of one name would be one run, and go on from each other's checkpoints.
+taken=' compare comparison stages.lock '
+for arm in "${arms[@]}"; do
+    read -ra words <<<"$arm"
+    arm=${words[0]}
+    name_of --arm "$arm"
+    [[ $taken != *" $arm "* ]] || die "--arm $arm: the name is taken, each arm needs its own"
+    taken+="$arm "
+    not_empty "--arm $arm" "${words[@]:1}"
+    used=' convert hf evaluate evaluation '
+    for stage in "${stages[@]}"; do
+        read -ra words <<<"$stage"
+        name_of --stage "${words[0]}"
+        [[ $used != *" ${words[0]} "* ]] || die "--stage ${words[0]}: the name is taken, each stage of an arm needs its own"
+        used+="${words[0]} "
+        not_empty "--stage ${words[0]}" "${words[@]:1}"
+        [[ $labels != *" $arm.${words[0]} "* ]] || die "--arm $arm with --stage ${words[0]}: another job has the name $arm.${words[0]}"
+        labels+="$arm.${words[0]} "
+    done
+    labels+="$arm.convert $arm.evaluate "
+done
 folder=$(realpath -m "$folder")
 [ -z "$base" ] || base=$(realpath -m "$base")
 [ -z "$base" ] || [ -n "$dry_run" ] || [ -e "$base" ] || die "--base $base: there is no such checkpoint"

@@ -145,7 +145,23 @@ def test_extreme_exponents_and_budgets():
     counts = counts_for([1000] * 8 + [300, 1], 4096)
     steep = WeightTable.from_counts(counts, 4096, gamma=100.0)
     assert np.isfinite(steep.lookup).all() and steep.bucket_weights[-1] == pytest.approx(1 + 0.15 * 301)
-    with pytest.raises(
-        ValueError, match="alpha=1e[+]39 and model.exact.gamma=0.5 give weights that float32 cannot hold"
-    ):
+    with pytest.raises(ValueError, match="alpha=1e[+]39 is not a finite number of at least 0 that float32 holds"):
         WeightTable.from_counts(counts, 4096, alpha=1e39, normalization="none")
+
+
+@pytest.mark.parametrize("normalization", ["corpus", "none"])
+@pytest.mark.parametrize("alpha", [1e9, 1e20, 3e38])
+def test_a_budget_that_float32_cannot_carry_is_refused(alpha, normalization):
+    counts = counts_for([1000] * 8 + [300, 1], 4096)
+    with pytest.raises(
+        ValueError, match=r"alpha=.* gives the weights .* below tau=1024, .*choose a smaller .*max_weight"
+    ):
+        WeightTable.from_counts(counts, 4096, alpha=alpha, normalization=normalization)
+    capped = WeightTable.from_counts(counts, 4096, alpha=alpha, normalization=normalization, max_weight=2)
+    assert capped.lookup.min() > 0 and (normalization == "none" or abs(capped.mean - 1) < 1e-4)
+
+
+def test_a_short_part_of_few_targets_keeps_its_weight():
+    """It cannot take up the rounding of the tail's millions: its weight became negative."""
+    table = WeightTable.from_counts(counts_for([1] + [0] * 7 + [10**7, 10**7], 4096), 4096)
+    assert table.lookup[0] == pytest.approx(1 / 1.15, rel=1e-6) and abs(table.mean - 1) < 1e-6

@@ -244,11 +244,11 @@ def test_factor_over_a_run():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"enabled": "yes"}, "enabled must be true or false, not 'yes'"),
-        ({"scale": 1.5}, "scale must be a number from 0 to 1, not 1.5"),
-        ({"hold": float("nan")}, "hold must be a number from 0 to 1, not nan"),
-        ({"hold": 0.7, "anneal": 0.4}, "hold=0.7 and anneal=0.4 are shares"),
-        ({"layers": "upper"}, "layers must be 'upper_half' or 'all', not 'upper'"),
+        ({"enabled": "yes"}, "enabled='yes' is not true or false"),
+        ({"scale": 1.5}, "scale=1.5 is not a finite number of at least 0 and at most 1"),
+        ({"hold": float("nan")}, "hold=nan is not a finite number"),
+        ({"hold": 0.7, "anneal": 0.4}, "hold=0.7 and model.qk_timing.anneal=0.4 are shares"),
+        ({"layers": "upper"}, "layers='upper' is not one of upper_half, all"),
         ({"scal": 0.5}, r"unknown key model.qk_timing.scal: did you mean model.qk_timing.scale\?"),
     ],
 )

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         alone = not is_rank()
         sys.argv = [str(script), *arguments]
         installed = bridge.install()
-    except (ValueError, FileNotFoundError, ExactError) as error:
+    except (ValueError, OSError, ExactError) as error:
         print(f"exact-megatron launch: {error}", file=sys.stderr)
         return 2
     if alone:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import ExactConfig, ExactError, parse_scalar
+from ..config import PREFIX, ExactConfig, ExactError, as_mapping, parse_scalar
 from .settings import take_settings
 
 BRIDGE = "Megatron-Bridge is where NeMo trains language models now: exact_megatron.integrations.bridge"
@@ -62,7 +62,7 @@ def settings(block: Mapping[str, Any] | None, environment: Mapping[str, str] | N
 
 def said(block: Mapping[str, Any] | None) -> dict[str, Any]:
     """The keys of a block that somebody set, as values; "???" stands where nobody did."""
-    given = {key: value for key, value in (block or {}).items() if value != "???"}
+    given = {key: value for key, value in as_mapping(PREFIX.rstrip("."), block).items() if value != "???"}
     return {key: parse_scalar(value) if isinstance(value, str) else value for key, value in given.items()}
 
 

@@ -7,7 +7,6 @@ settings are removed, checked against ExactConfig and merged before the host see
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,13 @@ from ..config import (
     TIMING_PREFIX,
     ExactConfig,
     QKTimingConfig,
+    as_mapping,
     parse_scalar,
     split_overrides,
     unknown_key,
 )
+from ..ranges import range_of
+from ..settings_file import json_object, yaml_text
 
 FLAG = "--exact-"
 ENVIRONMENT = "EXACT_"
@@ -28,6 +30,7 @@ ENVIRONMENT = "EXACT_"
 NOT_SETTINGS = frozenset({"EXACT_CONFIG", "EXACT_WARNINGS", "EXACT_SLURM"})
 KEYS = tuple(field.name for field in dataclasses.fields(ExactConfig))
 TIMING_KEYS = tuple(field.name for field in dataclasses.fields(QKTimingConfig))
+RANGES = {field.name: range_of(field) for field in dataclasses.fields(ExactConfig)}
 SWITCHES = tuple(field.name for field in dataclasses.fields(ExactConfig) if isinstance(field.default, bool))
 
 
@@ -54,12 +57,12 @@ def given_settings(arguments: Iterable[str], environment: Mapping[str, str]) -> 
         The settings {"alpha": 0.2}, valid ones, and the other arguments in order.
 
     Raises:
-        ValueError: an unknown key in any of the four places, with the nearest known one; a flag without its value; a value of
-            the wrong kind; a file that holds no settings.
+        ValueError: an unknown key in any of the four places, with the nearest known one; a flag or variable without its value;
+            a value out of its range; a file that holds no settings.
         FileNotFoundError: the file is not there.
     """
     given, rest = [], []
-    file = environment.get("EXACT_CONFIG")
+    file = _file_of_environment(environment)
     arguments = list(arguments)
     while arguments:
         argument = arguments.pop(0)
@@ -72,6 +75,8 @@ def given_settings(arguments: Iterable[str], environment: Mapping[str, str]) -> 
                 raise ValueError(unknown_key(FLAG + name, [FLAG + k.replace("_", "-") for k in (*KEYS, "config")]))
             if not equals:
                 value = _value_after(FLAG + name, key, arguments)
+            if not value.strip():
+                raise ValueError(f"{FLAG}{name} needs a value, and got an empty one: is a variable of the shell unset?")
             if key == "config":
                 file = value
             else:
@@ -100,8 +105,15 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
             key = name.removeprefix(ENVIRONMENT).lower()
             if key not in KEYS:  # a misspelled setting must not be a run without it
                 raise ValueError("environment: " + unknown_key(name, [ENVIRONMENT + k.upper() for k in KEYS]))
-            values[key] = parse_scalar(text)
+            values[key] = RANGES[key].accept(name, parse_scalar(text))
     return values
+
+
+def _file_of_environment(environment: Mapping[str, str]) -> str | None:
+    file = environment.get("EXACT_CONFIG")
+    if file is not None and not file.strip():
+        raise ValueError("EXACT_CONFIG is empty: name the file of settings, or unset it")
+    return file
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -114,10 +126,11 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
     """
     data = _load(path)
-    if isinstance(data.get("model"), dict):
-        if not {"exact", "qk_timing"} & set(data["model"]):
+    if "model" in data:
+        model = as_mapping(f"{path}: model", data["model"])
+        if not {"exact", "qk_timing"} & set(model):
             raise ValueError(f"{path} has no model.exact")
-        data = {"exact": data["model"].get("exact")}
+        data = {"exact": model.get("exact")}
     if set(data) == {"qk_timing"}:
         return {}
     return read_block(data["exact"] if "exact" in data else data)
@@ -127,16 +140,15 @@ def _load(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--exact-config {path}: there is no such file")
-    text = path.read_text()
     if path.suffix == ".json":
-        data = json.loads(text)
-    else:
-        import yaml
+        return json_object(path)
+    import yaml
 
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from None
+    text = yaml_text(path)
+    try:
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ValueError(
             f"{path} holds no settings: expected a mapping with model.exact, exact, or the settings themselves"
@@ -160,7 +172,7 @@ def take_timing(
         FileNotFoundError: the file is not there.
     """
     given, rest = split_overrides(arguments, TIMING_PREFIX)
-    file = environment.get("EXACT_CONFIG")
+    file = _file_of_environment(environment)
     for argument, following in zip(rest, [*rest[1:], ""]):
         name, equals, value = argument.partition("=")
         if name == f"{FLAG}config":
@@ -168,11 +180,16 @@ def take_timing(
     values = dict(base or {})
     if file:
         data = _load(file)
-        data = data["model"] if isinstance(data.get("model"), dict) else data
-        values.update(data.get("qk_timing") or {})
+        data = as_mapping(f"{file}: model", data["model"]) if "model" in data else data
+        values.update(read_block(data.get("qk_timing"), TIMING_PREFIX))
     return QKTimingConfig.from_overrides(given, base=values), rest
 
 
-def read_block(block: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A `model.exact` block of a YAML file as values; YAML 1.1 reads 1e-8 as a string."""
-    return {k: parse_scalar(v) if isinstance(v, str) else v for k, v in (block or {}).items()}
+def read_block(block: Mapping[str, Any] | None, prefix: str = PREFIX) -> dict[str, Any]:
+    """A block of settings of a YAML file as values; YAML 1.1 reads 1e-8 as a string.
+
+    Raises:
+        ValueError: it is a list, a word or a number.
+    """
+    values = as_mapping(prefix.rstrip("."), block)
+    return {key: parse_scalar(value) if isinstance(value, str) else value for key, value in values.items()}

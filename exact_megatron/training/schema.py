@@ -1,4 +1,7 @@
-"""The native runner's settings and their defaults, with NeMo's key names (trainer.*, model.*, exp_manager.*)."""
+"""The native runner's settings, with NeMo's key names (trainer.*, model.*, exp_manager.*).
+
+The line of a setting has its default, kind and range. What several settings must fulfil together is in checks.py.
+"""
 
 from __future__ import annotations
 
@@ -10,70 +13,105 @@ from typing import Any, Optional
 from omegaconf import OmegaConf
 
 from ..config import ExactConfig, QKTimingConfig
+from ..ranges import LARGEST_FLOAT, LONGEST_WINDOW, SMALLEST_EPS, choice, number, setting, switch, text, whole
 
 # Optional[...] instead of `| None`: omegaconf reads these annotations on Python 3.10 too.
 # ruff: noqa: UP045
 
 
+def _betas(value: Any) -> list[float]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError
+    first, second = (float(beta) for beta in value)
+    if not (0 <= first < 1 and 0 <= second < 1):
+        raise ValueError
+    return [first, second]
+
+
+def _prefixes(value: Any) -> Any:
+    """One or several prefixes, or these by split; `parse_blend` and `data_prefixes` know weights and the names of splits."""
+    if isinstance(value, dict):
+        return {name: None if blend is None else _blend(blend) for name, blend in value.items()}
+    return _blend(value)
+
+
+def _blend(value: Any) -> Any:
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(entry, (int, float)) and not isinstance(entry, bool):
+            sound = 0 <= entry <= LARGEST_FLOAT
+        else:
+            sound = isinstance(entry, str) and bool(entry.strip()) and "\0" not in entry
+        if not sound:
+            raise ValueError
+    return value
+
+
+_PREFIXES = "a prefix, [prefix, ...] or [weight, prefix, ...], or these by split, {train: ..., validation: ...}"
+_SHARES = r"\s*[0-9.]+(\s*[,/]\s*[0-9.]+){0,2}\s*"
+
+
 @dataclass
 class TrainerConfig:
-    devices: int = 1  # ranks on a node
-    num_nodes: int = 1
-    accelerator: str = "auto"  # auto | gpu | cpu
-    precision: str = "32"  # 32 | bf16
-    max_steps: int = 1000
-    val_check_interval: int = 0  # steps between validations; 0: only at the end
-    limit_val_batches: int = 0  # global batches a validation; 0: no validation
-    log_every_n_steps: int = 1  # steps between log lines; metrics.jsonl has every step
-    gradient_clip_val: float = 1.0  # 0: no clipping
+    devices: int = whole(1, least=1, most=1024)  # ranks on a node
+    num_nodes: int = whole(1, least=1)
+    accelerator: str = choice("auto", ["auto", "gpu", "cpu"])
+    precision: str = choice("32", ["32", "bf16"])
+    max_steps: int = whole(1000, least=1)
+    val_check_interval: int = whole(0, least=0)  # steps between validations; 0: only at the end
+    limit_val_batches: int = whole(0, least=0)  # global batches a validation; 0: no validation
+    log_every_n_steps: int = whole(1, least=1)  # steps between log lines; metrics.jsonl has every step
+    gradient_clip_val: float = number(1.0, least=0)  # 0: no clipping
 
 
 @dataclass
 class CheckpointCallbackParams:
-    every_n_train_steps: int = 0  # 0: only at the end and at a stop signal
-    save_top_k: int = 2  # newest checkpoints kept; -1: all
-    save_last: bool = True  # at the end
+    every_n_train_steps: int = whole(0, least=0)  # 0: only at the end and at a stop signal
+    save_top_k: int = whole(2, least=1, also=[-1])  # newest checkpoints kept; -1: all
+    save_last: bool = switch(True)  # at the end
 
 
 @dataclass
 class ExpManagerConfig:
-    exp_dir: str = "runs/run"
-    resume_if_exists: bool = True
-    create_tensorboard_logger: bool = True
+    exp_dir: str = text("runs/run")
+    resume_if_exists: bool = switch(True)
+    create_tensorboard_logger: bool = switch(True)
     checkpoint_callback_params: CheckpointCallbackParams = field(default_factory=CheckpointCallbackParams)
 
 
 @dataclass
 class DataConfig:
     # [prefix], [weight, prefix, weight, prefix, ...], or {train: [...], validation: [...], test: [...]}
-    data_prefix: Any = None
-    splits_string: str = "99,1,0"  # used when data_prefix is one list for all splits
-    index_mapping_dir: Optional[str] = None  # Megatron's index caches and the census; None: beside the data
-    seq_length: int = 4096
-    num_workers: int = 2  # loader processes a rank; 0: in the rank itself
-    eod_mask_loss: bool = False
-    document_masking: bool = True  # a target sees its own document only
-    eod_id: Optional[int] = None  # None: from PREFIX.json, as `exact-megatron prepare` writes it
+    data_prefix: Any = setting(None, _PREFIXES, _prefixes, text=True)
+    # used when data_prefix is one blend for all splits
+    splits_string: str = text("99,1,0", "up to three shares, for example 99,1,0", _SHARES)
+    index_mapping_dir: Optional[str] = text(None)  # Megatron's index caches and the census; null: beside the data
+    seq_length: int = whole(4096, least=1, most=LONGEST_WINDOW)
+    num_workers: int = whole(2, least=0, most=1024)  # loader processes a rank; 0: in the rank itself
+    eod_mask_loss: bool = switch(False)
+    document_masking: bool = switch(True)  # a target sees its own document only
+    eod_id: Optional[int] = whole(None, least=0)  # null: from PREFIX.json, as `exact-megatron prepare` writes it
 
 
 @dataclass
 class SchedConfig:
-    name: str = "CosineAnnealing"  # CosineAnnealing | WSD | constant
-    warmup_steps: int = 0
-    min_lr: float = 0.0
-    wsd_decay_steps: int = 0  # length of the decay at the end of a WSD schedule
+    name: str = choice("CosineAnnealing", ["CosineAnnealing", "WSD", "constant"])
+    warmup_steps: int = whole(0, least=0)
+    min_lr: float = number(0.0, least=0)
+    wsd_decay_steps: int = whole(0, least=0)  # length of the decay at the end of a WSD schedule
 
 
 @dataclass
 class OptimConfig:
-    name: str = "mcore_distributed_optim"  # mcore_distributed_optim | distributed_fused_adam | adam | fused_adam
-    lr: float = 3e-4
-    weight_decay: float = 0.1
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    overlap_grad_sync: bool = False
-    overlap_param_sync: bool = False
-    bucket_cap_mb: int = 0  # 0: Megatron's own choice
+    name: str = choice(
+        "mcore_distributed_optim", ["mcore_distributed_optim", "distributed_fused_adam", "adam", "fused_adam"]
+    )
+    lr: float = number(3e-4, least=0, most=1)
+    weight_decay: float = number(0.1, least=0)
+    betas: list[float] = setting([0.9, 0.95], "two numbers from 0 to below 1, for example [0.9,0.95]", _betas)
+    eps: float = number(1e-8, least=SMALLEST_EPS, most=1)
+    overlap_grad_sync: bool = switch(False)
+    overlap_param_sync: bool = switch(False)
+    bucket_cap_mb: int = whole(0, least=0)  # 0: Megatron's own choice
     sched: SchedConfig = field(default_factory=SchedConfig)
 
     @property
@@ -85,64 +123,66 @@ class OptimConfig:
 class RopeScalingConfig:
     """`rope_scaling` of a config.json, with its names; scaling of type linear is model.seq_len_interpolation_factor."""
 
-    rope_type: str = "default"  # default | llama3
-    factor: float = 8.0  # the rest is read with llama3 only
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    rope_type: str = choice("default", ["default", "llama3"])
+    factor: float = number(8.0, least=1)  # the rest is read with llama3 only
+    low_freq_factor: float = number(1.0, above=0)
+    high_freq_factor: float = number(4.0, above=0)
+    original_max_position_embeddings: int = whole(8192, least=1)
 
 
 @dataclass
 class ModelConfig:
-    micro_batch_size: int = 1
-    global_batch_size: int = 8
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: Optional[int] = None
-    context_parallel_size: int = 1
-    cp_comm_type: Optional[str] = None  # a2a | all_gather; None: a2a where the KV heads allow it
-    sequence_parallel: bool = False  # without effect at tensor_model_parallel_size=1
-    overlap_p2p_comm: Optional[bool] = None  # None: with virtual pipeline stages
-    batch_p2p_comm: Optional[bool] = None  # None: without virtual pipeline stages
-    calculate_per_token_loss: bool = True
-    seed: int = 1234
-    num_layers: int = 2
-    hidden_size: int = 128
-    ffn_hidden_size: int = 352
-    num_attention_heads: int = 4
-    num_query_groups: Optional[int] = None
-    kv_channels: Optional[int] = None
-    max_position_embeddings: Optional[int] = None  # None: the window
-    normalization: str = "rmsnorm"  # rmsnorm | layernorm
-    layernorm_epsilon: float = 1e-5
-    activation: str = "fast-swiglu"  # fast-swiglu | gelu
-    bias: bool = False
-    qkv_bias: bool = False
-    qk_layernorm: bool = False
-    share_embeddings_and_output_weights: bool = False
-    rotary_base: float = 10000.0
-    rotary_percentage: float = 1.0
-    seq_len_interpolation_factor: Optional[float] = None
+    micro_batch_size: int = whole(1, least=1)
+    global_batch_size: int = whole(8, least=1)
+    tensor_model_parallel_size: int = whole(1, least=1)
+    pipeline_model_parallel_size: int = whole(1, least=1)
+    virtual_pipeline_model_parallel_size: Optional[int] = whole(None, least=2)
+    context_parallel_size: int = whole(1, least=1)
+    cp_comm_type: Optional[str] = choice(None, ["a2a", "all_gather"])  # null: a2a where the KV heads allow it
+    sequence_parallel: bool = switch(False)  # without effect at tensor_model_parallel_size=1
+    overlap_p2p_comm: Optional[bool] = switch(None)  # null: with virtual pipeline stages
+    batch_p2p_comm: Optional[bool] = switch(None)  # null: without virtual pipeline stages
+    calculate_per_token_loss: bool = switch(True)
+    seed: int = whole(1234, least=0)
+    num_layers: int = whole(2, least=1)
+    hidden_size: int = whole(128, least=1)
+    ffn_hidden_size: int = whole(352, least=1)
+    num_attention_heads: int = whole(4, least=1)
+    num_query_groups: Optional[int] = whole(None, least=1)
+    kv_channels: Optional[int] = whole(None, least=1)
+    max_position_embeddings: Optional[int] = whole(None, least=1)  # null: the window
+    normalization: str = choice("rmsnorm", ["rmsnorm", "layernorm"])
+    layernorm_epsilon: float = number(1e-5, least=SMALLEST_EPS, most=1)
+    activation: str = choice("fast-swiglu", ["fast-swiglu", "gelu"])
+    bias: bool = switch(False)
+    qkv_bias: bool = switch(False)
+    qk_layernorm: bool = switch(False)
+    share_embeddings_and_output_weights: bool = switch(False)
+    rotary_base: float = number(10000.0, above=1)
+    rotary_percentage: float = number(1.0, above=0, most=1)
+    seq_len_interpolation_factor: Optional[float] = number(None, above=0)
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
-    init_method_std: float = 0.02
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    make_vocab_size_divisible_by: int = 128
-    override_vocab_size: Optional[int] = None  # rows of the vocabulary, at least the data's; None: from PREFIX.json
-    mtp_num_layers: Optional[int] = None
-    activations_checkpoint_granularity: Optional[str] = None  # selective | full
-    activations_checkpoint_method: Optional[str] = None  # uniform | block, with full
-    activations_checkpoint_num_layers: Optional[int] = None
-    fp8: bool = False  # Transformer Engine FP8 on Hopper and later
-    fp8_hybrid: bool = True  # E4M3 forward, E5M2 backward
-    fp8_recipe: str = "delayed"  # delayed | tensorwise | blockwise
-    fp8_amax_history_len: int = 1024
-    fp8_amax_compute_algo: str = "max"
-    transformer_engine: Optional[bool] = None  # None: on a GPU, where it is installed
-    deterministic_mode: bool = False
-    apply_rope_fusion: bool = False  # Transformer Engine's kernel
-    cross_entropy_loss_fusion: bool = False  # megatron.core's own, compiled by torch
-    loss_chunk_tokens: int = 0  # positions whose logits exist at once, for long windows; 0: all
+    init_method_std: float = number(0.02, above=0)
+    hidden_dropout: float = number(0.0, least=0, below=1)
+    attention_dropout: float = number(0.0, least=0, below=1)
+    make_vocab_size_divisible_by: int = whole(128, least=1)
+    override_vocab_size: Optional[int] = whole(
+        None, least=1
+    )  # rows of the vocabulary, at least the data's; null: from PREFIX.json
+    mtp_num_layers: Optional[int] = whole(None, least=0)
+    activations_checkpoint_granularity: Optional[str] = choice(None, ["selective", "full"])
+    activations_checkpoint_method: Optional[str] = choice(None, ["uniform", "block"])  # with full
+    activations_checkpoint_num_layers: Optional[int] = whole(None, least=1)
+    fp8: bool = switch(False)  # Transformer Engine FP8 on Hopper and later
+    fp8_hybrid: bool = switch(True)  # E4M3 forward, E5M2 backward
+    fp8_recipe: str = choice("delayed", ["delayed", "tensorwise", "blockwise"])
+    fp8_amax_history_len: int = whole(1024, least=1)
+    fp8_amax_compute_algo: str = choice("max", ["max", "most_recent"])
+    transformer_engine: Optional[bool] = switch(None)  # null: on a GPU, where it is installed
+    deterministic_mode: bool = switch(False)
+    apply_rope_fusion: bool = switch(False)  # Transformer Engine's kernel
+    cross_entropy_loss_fusion: bool = switch(False)  # megatron.core's own, compiled by torch
+    loss_chunk_tokens: int = whole(0, least=0)  # positions whose logits exist at once, for long windows; 0: all
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     exact: ExactConfig = field(default_factory=ExactConfig)
@@ -153,7 +193,7 @@ class ModelConfig:
 class RunConfig:
     """One training run. `restore_from_path` starts from another run's (or checkpoint's) weights, with a fresh optimizer."""
 
-    restore_from_path: Optional[str] = None
+    restore_from_path: Optional[str] = text(None)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
