@@ -23,6 +23,8 @@ MODULES = {
     "accelerate": "hf",
     "gguf": "hf",
     "lm_eval": "eval",
+    "nltk": "eval",  # with lm-eval[ruler]
+    "datasets": "eval",  # with lm-eval
     "tqdm": "eval",
 }
 

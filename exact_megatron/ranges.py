@@ -56,8 +56,8 @@ class Range:
             raise ValueError(f"{key}={shown(value)} is not {words}{self._hint(value)}") from None
 
     def _hint(self, value: Any) -> str:
-        if isinstance(value, (int, float)) and abs(value) > LARGEST_FLOAT:
-            return " that float32 holds"
+        if isinstance(value, (int, float)) and LARGEST_FLOAT < abs(value) < math.inf:
+            return f" (float32 holds {LARGEST_FLOAT:.3g} at most)"
         return ", written in digits" if not self.text and re.fullmatch(r"\d+\s*[kKmMgG]", str(value)) else ""
 
 
