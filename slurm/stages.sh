@@ -62,7 +62,8 @@ while [ $# -gt 0 ]; do
         [ $# -ge 2 ] || die "$1 needs a value"
         [[ $1 =~ ^--(folder|base|last)$ || $2 != *[\"\'$'\n']* ]] ||
             die "$1 $2: it is split at blanks, and quotes are not understood. Leave quotes and line ends out"
-        [[ $1 =~ sbatch$ ]] || not_empty "$1" "$2" # no options for sbatch are fine
+        read -ra words <<<"$2"
+        [[ $1 =~ sbatch$ ]] || not_empty "$1" "${words[@]:-}" # no options for sbatch are fine
         case $1 in
         --folder) folder=$2 ;;
         --base) base=$2 ;;
@@ -92,14 +93,12 @@ for arm in "${arms[@]}"; do
     name_of --arm "$arm"
     [[ $taken != *" $arm "* ]] || die "--arm $arm: the name is taken, each arm needs its own"
     taken+="$arm "
-    not_empty "--arm $arm" "${words[@]:1}"
     used=' convert hf evaluate evaluation '
     for stage in "${stages[@]}"; do
         read -ra words <<<"$stage"
         name_of --stage "${words[0]}"
         [[ $used != *" ${words[0]} "* ]] || die "--stage ${words[0]}: the name is taken, each stage of an arm needs its own"
         used+="${words[0]} "
-        not_empty "--stage ${words[0]}" "${words[@]:1}"
         [[ $labels != *" $arm.${words[0]} "* ]] || die "--arm $arm with --stage ${words[0]}: another job has the name $arm.${words[0]}"
         labels+="$arm.${words[0]} "
     done
