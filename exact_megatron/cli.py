@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return _main(list(sys.argv[1:] if argv is None else argv))
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # started with >&-
+                sys.stdout.flush()
     except BrokenPipeError:
         if not _reader_is_gone():
             raise

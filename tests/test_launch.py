@@ -68,8 +68,17 @@ def test_settings_among_the_scripts_arguments_are_taken_out(tmp_path):
         ([], {"EXACT_ALHPA": "1"}, "did you mean EXACT_ALPHA"),
         (["--exact-alpha"], {}, "--exact-alpha needs a value"),
         (["--exact-alpha", "--lr"], {}, "--exact-alpha needs a value"),
-        (["model.exact.alpha=much"], {}, "must be a finite number"),
+        (["model.exact.alpha=much"], {}, "alpha='much' is not a finite number"),
         (["--exact-config", "missing.yaml"], {}, "there is no such file"),
+        (["--exact-tau="], {}, "--exact-tau needs a value"),
+        (["--exact-tau", ""], {}, "--exact-tau needs a value"),
+        (["model.exact.tau="], {}, "model.exact.tau is empty, not a whole number"),
+        (["model.exact.alpha=inf"], {}, "alpha=inf is not a finite number of at least 0"),
+        (["model.exact.alpha=true"], {}, "alpha=true is not a finite number"),
+        (["model.exact.enabled=1"], {}, "enabled=1 is not true or false"),
+        ([], {"EXACT_TAU": ""}, "EXACT_TAU is empty"),
+        ([], {"EXACT_ALPHA": "-1"}, "EXACT_ALPHA=-1 is not a finite number of at least 0"),
+        ([], {"EXACT_CONFIG": ""}, "EXACT_CONFIG is empty"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(line, environment, message):
@@ -81,6 +90,20 @@ def test_a_file_without_settings_is_refused(tmp_path):
     (tmp_path / "a.yaml").write_text("model: {num_layers: 2}\n")
     with pytest.raises(ValueError, match="has no model.exact"):
         take_settings(["--exact-config", str(tmp_path / "a.yaml")], {})
+    for text, message in (
+        ("exact: [1]", r"model.exact=\[1\] is not a block of keys and values"),
+        ("model: [1]", r"model=\[1\] is not a block"),
+        ("exact: {alpha: 1, alpha: 2}", "alpha is given twice"),
+        ("exact: {tau: }", "tau has no value: write null"),
+        ("exact: {tau: ''}", "model.exact.tau is empty"),
+        ("\xe4", "is not UTF-8"),
+    ):
+        (tmp_path / "c.yaml").write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match=message):
+            take_settings(["--exact-config", str(tmp_path / "c.yaml")], {})
+    (tmp_path / "c.json").write_text('{"alpha": 1, "alpha": 2}')
+    with pytest.raises(ValueError, match="c.json: alpha is given twice"):
+        take_settings(["--exact-config", str(tmp_path / "c.json")], {})
     (tmp_path / "b.yaml").write_text("exact: {alhpa: 2}\n")
     with pytest.raises(ValueError, match="did you mean model.exact.alpha"):
         take_settings(["--exact-config", str(tmp_path / "b.yaml")], {})
