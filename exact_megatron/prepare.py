@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .config import ExactError
 from .corpus import GLOBS, Shard, cut_shards, list_files, read_documents, stable_hash
 from .tokenizer import EOD, find_eod, load_tokenizer, read_json, tokenizer_file, train_bpe, write_json
 
@@ -332,7 +331,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``exact-megatron prepare``: 0 done or up to date, 130 interrupted; raises as `prepare`, and ExactError."""
+    """Run ``exact-megatron prepare``: 0 done or up to date, 2 an error (printed), 130 interrupted."""
     from rich.console import Console
     from rich.table import Table
 
@@ -342,8 +341,11 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on from the finished shards")
         return 130
-    except BrokenProcessPool as error:  # a worker was killed, for memory say
-        raise ExactError(str(error)) from error
+    except (OSError, ValueError, BrokenProcessPool) as error:  # the last: a worker was killed, for memory say
+        if getattr(args, "traceback", False):
+            raise
+        _say(f"error: {error}")
+        return 2
     metas += [read_json(f"{args.output}_valid.json")] if args.valid_fraction else []
     table = Table(args.output, *(meta["split"] for meta in metas))
     shown = itertools.dropwhile(lambda key: key != "dtype", metas[0])  # from there on facts and counts

@@ -162,7 +162,7 @@ def test_spellings_that_mean_a_value(tmp_path, monkeypatch):
         (["model.seed.x=1"], "model.seed={'x': 1} is not a whole number"),
         (["model.optim.betas=[0.9]"], r"betas=\[0.9\] is not two numbers from 0 to below 1"),
         (["model.optim.betas=[0.9,1]"], "is not two numbers from 0 to below 1"),
-        (["model.optim.lr=inf"], "model.optim.lr=inf is not a finite number of at least 0 and at most 1"),
+        (["model.optim.lr=inf"], "model.optim.lr=inf is not a finite number of at least 0"),
         (["model.optim.sched.warmup_steps=-1"], "warmup_steps=-1 is not a whole number of at least 0"),
         (["model.hidden_dropout=2"], "hidden_dropout=2 is not a finite number of at least 0 and below 1"),
         (["model.rotary_percentage=2"], "rotary_percentage=2 is not a finite number above 0 and at most 1"),

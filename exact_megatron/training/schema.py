@@ -105,7 +105,7 @@ class OptimConfig:
     name: str = choice(
         "mcore_distributed_optim", ["mcore_distributed_optim", "distributed_fused_adam", "adam", "fused_adam"]
     )
-    lr: float = number(3e-4, least=0, most=1)
+    lr: float = number(3e-4, least=0)
     weight_decay: float = number(0.1, least=0)
     betas: list[float] = setting([0.9, 0.95], "two numbers from 0 to below 1, for example [0.9,0.95]", _betas)
     eps: float = number(1e-8, least=SMALLEST_EPS, most=1)
