@@ -49,9 +49,14 @@ def fingerprint(arm: Arm, samples: Sequence[int]) -> dict[str, Any]:
     """What an arm has and reads in these samples.
 
     Returns:
-        {"weight table": digest of the data's table or None, "loss": digest of the table that the hooked loss reads or None, "tokens":
-        digest of tokens and labels, "loss mask": digest, "plain": the mask is 0 or 1 everywhere, "tail": targets with a weight of the
-        table's tail, "segments": documents' parts in these samples, None where the samples carry no boundaries}
+        weight table: digest of the data's table, or None.
+        loss: digest of the table that the hooked loss function reads, or None where it is not hooked.
+        tokens: digest of tokens and labels.
+        loss mask: digest.
+        plain: whether the loss mask is 0 or 1 everywhere.
+        tail weights: number of different weights in the table's tail; 0 with alpha = 0, where all weights are 1.
+        tail: number of targets with one of these weights.
+        segments: number of the documents' parts in these samples; None where the samples carry no boundaries.
     """
     from .dataset import members
 
@@ -70,6 +75,7 @@ def fingerprint(arm: Arm, samples: Sequence[int]) -> dict[str, Any]:
         "tokens": digest(sample[key] for sample in read for key in ("tokens", "labels")),
         "loss mask": digest(masks),
         "plain": all(np.isin(mask, (0, 1)).all() for mask in masks),
+        "tail weights": len(marks),
         "tail": int(sum(np.isin(mask, marks).sum() for mask in masks)),
         "segments": sum(len(b) - 1 for b in boundaries) if boundaries else None,
     }
@@ -93,7 +99,7 @@ def prove_arms(exact: Arm, baseline: Arm, batch: int, unmasked: Arm | None = Non
         samples = range(first, first + batch)
         own, other = fingerprint(exact, samples), fingerprint(baseline, samples)
         where = f"samples {first} to {first + batch - 1}"
-        _refuse_unweighted(own, exact)
+        _refuse_unweighted(own)
         _refuse_weighted(other, "baseline", where)
         if own["tokens"] != other["tokens"]:
             raise _vacuous(f"the arms read different tokens in {where}: give both the same data, seed and batch sizes")
@@ -124,7 +130,7 @@ def _vacuous(problem: str) -> ExactError:
     return ExactError(f"EXACT and baseline cannot be compared: {problem}")
 
 
-def _refuse_unweighted(found: dict[str, Any], arm: Arm) -> None:
+def _refuse_unweighted(found: dict[str, Any]) -> None:
     if found["weight table"] is None:
         raise _vacuous("the data of the arm exact have no weight table: set model.exact.enabled=true in this arm")
     if found["loss"] != found["weight table"]:
@@ -132,9 +138,7 @@ def _refuse_unweighted(found: dict[str, Any], arm: Arm) -> None:
             f"the data of the arm exact are weighted by table {found['weight table']}, its loss reads {found['loss']}: train with what "
             "ExactLoss.wrap(loss_func) returns"
         )
-    from .dataset import members
-
-    if not len(next(members([arm.dataset])).weight_table.marks):
+    if not found["tail weights"]:
         raise _vacuous("all weights of the arm exact are 1: set model.exact.alpha above 0")
 
 

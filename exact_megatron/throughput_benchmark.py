@@ -146,9 +146,8 @@ def read_cells(args: argparse.Namespace, on_gpu: bool) -> list[Cell]:
         raise ValueError(f"--windows {args.windows}: give numbers of tokens from 16 on, like 4096,8192")
     windows = [int(word) for word in args.windows.split(",")]
     cells = [Cell(g, w, p) for g in args.geometry.split(",") for w in windows for p in precisions]
-    return sorted(
-        cells, key=lambda cell: cell.precision == "blockwise"
-    )  # least used, and most memory beside the weights
+    # Least used, and most memory beside the weights: last, so that a lack of time or memory costs these alone.
+    return sorted(cells, key=lambda cell: cell.precision == "blockwise")
 
 
 def documents_of(args: argparse.Namespace) -> str:
@@ -165,9 +164,8 @@ def fixed_layers(cells: Sequence[Cell], args: argparse.Namespace, gpu_memory: fl
         return int(args.layers)
     if gpu_memory is None:
         return geometry.layers
-    largest = max(
-        cells, key=lambda cell: cell.fp8
-    )  # FP8 keeps its copies of the weights beside them, alike in all recipes
+    # FP8 keeps its copies of the weights beside them, alike in all recipes.
+    largest = max(cells, key=lambda cell: cell.fp8)
     run = load_config(None, largest.settings(args, geometry.layers, "unused", 1))
 
     def needed(layers: int) -> int:
@@ -242,7 +240,7 @@ def blocks_of(args: argparse.Namespace, seconds: float) -> int:
 
 def measure_trial(cell: Cell, args: argparse.Namespace, layers: int, folder: str) -> dict[str, Any]:
     """{"peak": bytes} of one block of each arm."""
-    bench = Bench(cell, args, layers, folder, 1)
+    bench = Bench(cell, args, layers, folder, PAIRS)  # documents enough for a target in the tail
     interleaved(bench.blocks, 1)
     return {"peak": max(max(values) for values in bench.peaks.values())}
 
@@ -492,6 +490,21 @@ def print_plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def measured_cells(path: str | None) -> list[dict[str, Any]]:
+    """The cells of --cells; those without a proof that their arms differed count for nothing.
+
+    Raises:
+        ValueError: a line is no JSON.
+    """
+    cells = []
+    for number, line in enumerate(Path(path).read_text().splitlines() if path and Path(path).exists() else [], 1):
+        try:
+            cells.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is no JSON ({error}): remove the line, it was cut off") from error
+    return [cell for cell in cells if "proof" in cell]
+
+
 def measure(args: argparse.Namespace) -> Measured:
     """Every cell that is not in --cells yet, then the table of all."""
     from .training.launch import is_rank
@@ -507,11 +520,11 @@ def measure(args: argparse.Namespace) -> Measured:
     if on_gpu:
         device = start_job({"job": "device", "options": {"peak": args.peak}})
     gpu_memory = args.gpu_memory or device["memory"]
-    written = Path(args.cells).read_text().splitlines() if args.cells and Path(args.cells).exists() else []
+    same_run = (device["GPU"], args.overrides, documents_of(args))
     found = {
         (c["geometry"], c["window"], c["precision"]): c
-        for c in map(json.loads, written)
-        if (c["GPU"], c["overrides"], c["documents"]) == (device["GPU"], args.overrides, documents_of(args))
+        for c in measured_cells(args.cells)
+        if (c["GPU"], c["overrides"], c["documents"]) == same_run
     }
     left, too_large = [], []
     for cell in cells:
@@ -526,7 +539,7 @@ def measure(args: argparse.Namespace) -> Measured:
         try:
             if known and not args.layers:  # as in the cell's other precisions, also after a resume
                 layers = min(known)
-            elif args.trial_layers and gpu_memory and not args.layers:
+            elif args.trial_layers and on_gpu and not args.layers:
                 layers = trial_layers(same[-1], options, gpu_memory)
             else:
                 layers = fixed_layers(same, args, gpu_memory)

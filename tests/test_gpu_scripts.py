@@ -171,6 +171,11 @@ def test_report_says_what_is_missing(results, tmp_path):
     (tmp_path / "dry" / "ceiling.json").write_text(json.dumps(FIXTURE | {"GPU": "none", "setup": "", "rows": []}))
     with pytest.raises(ValueError, match="dry run on a CPU"):
         report.write(tmp_path / "dry", tmp_path / "docs")
+    (tmp_path / "old").mkdir()
+    cell = {key: value for key, value in invented_cell("bf16", 1.0, 1.0).items() if key != "proof"}
+    (tmp_path / "old" / "cells.jsonl").write_text(json.dumps(cell) + "\n")
+    with pytest.raises(ValueError, match="without a proof that their arms differ: llama-3-8b, 6 layers, 8,192, bf16"):
+        report.write(tmp_path / "old", tmp_path / "docs")
     (tmp_path / "empty").mkdir()
     assert report.main([str(tmp_path / "empty")]) == 2
 

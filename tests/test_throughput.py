@@ -89,11 +89,12 @@ def cell(precision, seconds, peaks, layers=4):
 
 
 def test_a_dry_run_goes_on_from_the_cells_that_are_there(tmp_path, capfd):
-    """One cell is measured, one is there, one belongs to other overrides; the model is gone with its process."""
+    """One cell is measured; one is there, one has other overrides, one no proof. The model is gone with its process."""
     cells = tmp_path / "cells.jsonl"
     known = cell("fp32", (1, 1, 1), (None,) * 3, 2) | {"window": 64}
     other = known | {"overrides": ["model.bias=true"], "window": 128}
-    first = json.dumps(known) + "\n" + json.dumps(other) + "\n"
+    unproved = {key: value for key, value in known.items() if key != "proof"} | {"window": 128}
+    first = "".join(json.dumps(line) + "\n" for line in (known, other, unproved))
     cells.write_text(first)
     code, result = run("--cells", str(cells), "--profile", "--windows", "64,128", "--until", "100")
     said = capfd.readouterr()
@@ -106,7 +107,7 @@ def test_a_dry_run_goes_on_from_the_cells_that_are_there(tmp_path, capfd):
     assert code == (0 if all(row["passed"] for row in rows) else 1)
     assert rows[0]["bar"] == "ratio >= 0.998" and rows[0]["passed"] == (rows[0]["ratio"] >= 0.998)
 
-    found = json.loads(cells.read_text().splitlines()[2])
+    found = json.loads(cells.read_text().splitlines()[3])
     proof = found["proof"]
     assert proof["tail targets"] > 0 and proof["loss mask of exact"] != proof["loss mask of baseline"]
     assert f"tokens {proof['tokens']}, weight table {proof['weight table']}" in said.out
@@ -218,6 +219,13 @@ def test_layers_are_chosen_without_a_trial():
     assert fit("llama-3-8b", 8192, "bf16", gib=10) == 1 and fit("llama-3-8b", 8192, "bf16", gib=None) == 32
     args.layers = 5
     assert fit("llama-3-8b", 8192, "bf16") == 5
+
+
+def test_a_line_of_cells_that_was_cut_off_is_named(tmp_path, capsys):
+    path = tmp_path / "cells.jsonl"
+    path.write_text(json.dumps(cell("fp32", (1, 1, 1), (None,) * 3)) + '\n{"geome')
+    assert main(["benchmark", "throughput", *SMALL, "--cells", str(path)]) == 2
+    assert f"{path}, line 2 is no JSON" in capsys.readouterr().err
 
 
 def test_trial_layers_if_asked(monkeypatch):
