@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .benchmark import SEED, Row, document_lengths, interleaved
+from .benchmark import SEED, Measured, Row, document_lengths, interleaved
 from .packing import read_index
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def time_rows(
     return rows
 
 
-def measure(args: argparse.Namespace) -> tuple[str, list[Row]]:
+def measure(args: argparse.Namespace) -> Measured:
     """Cost model, and emulated time and error, for each way and context-parallel size."""
     import torch
 
@@ -222,4 +222,4 @@ def measure(args: argparse.Namespace) -> tuple[str, list[Row]]:
             "error: output, dq, dk, dv of all emulated ranks against torch's in higher precision (reference: the kernel's at cp 1)",
         ]
     rows.sort(key=lambda row: (row.name.split()[1].zfill(9), "gather" in row.name))
-    return "; ".join(setup), rows
+    return {"setup": "; ".join(setup)}, rows

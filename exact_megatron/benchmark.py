@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from .arms import Arm, prove_arms
 from .machine import machine
 
 MU, SIGMA, CLIP = 6.0, 1.2, (8, 131072)  # median 403 and mean about 830 tokens
@@ -56,6 +57,9 @@ class Row:
     bar: str
     passed: bool
     interval: tuple[float, ...] | None = None
+
+
+Measured = tuple[dict[str, Any], list[Row]]  # facts, with "setup" among them, and the table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,11 +102,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print and write; 1 when a bar is missed."""
+    """Measure, print and write; 1 when a bar is missed.
+
+    `args.measure(args)` returns ({"setup": what was measured and how, in words, and more facts}, rows).
+    """
     command = ["exact-megatron", "benchmark", args.benchmark]
     names = (
         "documents seq_length batch heads kv_heads head_dim tp cp repeats samples dtype prefix kernel only config steps "
-        "geometry windows precisions layers step_tokens micro_tokens blocks block_steps cell_seconds peak cells until profile"
+        "geometry windows precisions layers step_tokens micro_tokens blocks block_steps cell_seconds peak gpu_memory "
+        "trial_layers cells until profile"
     )
     for name in names.split():
         value = getattr(args, name, None)
@@ -110,17 +118,21 @@ def run(args: argparse.Namespace) -> int:
         if isinstance(value, bool):
             command += [option] * value
             continue
-        if isinstance(value, int) and value < 1:
+        if isinstance(value, (int, float)) and value < 1:
             raise ValueError(f"{option} {value} must be at least 1")
         command += [option, str(value)] if value is not None else []
+    if getattr(args, "plan", False):
+        from .throughput_benchmark import print_plan
+
+        return print_plan(args)
     load = os.getloadavg()[0]
     before = _cpu_seconds()
-    setup, rows = args.measure(args)
+    facts, rows = args.measure(args)
     wall, busy, own = (now - then for now, then in zip(_cpu_seconds(), before))
     result = {
         "benchmark": args.benchmark,
         "command": shlex.join([*command, *getattr(args, "overrides", [])]),
-        "setup": setup,
+        **facts,
         **machine(),
         "load average at the start": round(load, 2),
         "cores used by other processes": round(max(0.0, busy - own) / wall, 2),
@@ -191,7 +203,7 @@ def _compare(name: str, own: np.ndarray, reference: np.ndarray, unit: str, limit
     return Row(name, *medians, unit, ratio, f"ratio <= {limit:g}", ratio <= limit)
 
 
-def measure_census(args: argparse.Namespace) -> tuple[str, list[Row]]:
+def measure_census(args: argparse.Namespace) -> Measured:
     """ExposureCensus.from_document_lengths against Megatron's indices for the same documents."""
     from megatron.core.datasets import helpers
     from megatron.core.datasets.gpt_dataset import _build_document_index, _build_shuffle_index
@@ -228,10 +240,10 @@ def measure_census(args: argparse.Namespace) -> tuple[str, list[Row]]:
         "extra memory: peak by tracemalloc, which does not see what Megatron's C++ takes"
     )
     memory = Row("extra memory", mib[0], mib[1], "MiB", mib[0] / mib[1], "own <= 256 MiB", mib[0] <= 256)
-    return setup, [_compare("census", seconds["census"], seconds["indices"], "s", 0.5), memory]
+    return {"setup": setup}, [_compare("census", seconds["census"], seconds["indices"], "s", 0.5), memory]
 
 
-def measure_getitem(args: argparse.Namespace) -> tuple[str, list[Row]]:
+def measure_getitem(args: argparse.Namespace) -> Measured:
     """A weighted sample with document boundaries against the stock dataset's."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset
@@ -249,7 +261,7 @@ def measure_getitem(args: argparse.Namespace) -> tuple[str, list[Row]]:
             f"trainer.max_steps={args.samples}", "model.global_batch_size=1", "model.exact.enabled=true",
         ])  # fmt: skip
         loss = ExactLoss(settings.model.exact)
-        loss.wrap(gpt_loss)
+        hooked = loss.wrap(gpt_loss)
         (exact, _, _), _ = build_datasets(settings, Vocabulary(VOCABULARY, eod=0), loss)
         flags = copy.copy(exact.config)
         flags.reset_position_ids = flags.reset_attention_mask = flags.create_attention_mask = True
@@ -257,6 +269,7 @@ def measure_getitem(args: argparse.Namespace) -> tuple[str, list[Row]]:
             BlendedMegatronDatasetBuilder(GPTDataset, [args.samples, 0, 0], lambda: True, config).build()[0]
             for config in (exact.config, flags)
         )
+        proof = prove_arms(Arm(exact, hooked), Arm(stock, gpt_loss), 1)
         # Half the corpus apart, so that no arm finds its tokens in the processor's cache by the other's work.
         arms = {"exact": exact.__getitem__, "stock": lambda i: stock[(i + args.samples // 2) % args.samples]}
         interleaved(arms, args.samples)
@@ -266,7 +279,7 @@ def measure_getitem(args: argparse.Namespace) -> tuple[str, list[Row]]:
         f"{_corpus(documents, args.seq_length)}, in the page cache; EXACT gives weights and cu_seqlens; "
         f"{args.samples:,} samples an arm, {few} with reset_position_ids and reset_attention_mask"
     )
-    return setup, [
+    return {"setup": setup, "arms": proof}, [
         _compare("against stock", fast["exact"] * 1e3, fast["stock"] * 1e3, "ms", 1.25),
         _compare("against reset flags", slow["exact"] * 1e3, slow["reset"] * 1e3, "ms", 0.05),
     ]
@@ -292,9 +305,11 @@ def one_rank(args: argparse.Namespace, steps: int, forced: Sequence[str]) -> Ite
 
         from .training.trainer import Trainer, shutdown
 
-        yield settings, Trainer(settings, progress=False)
-        shutdown()
-        torch.distributed.destroy_process_group()
+        try:
+            yield settings, Trainer(settings, progress=False)
+        finally:
+            shutdown()
+            torch.distributed.destroy_process_group()
 
 
 def describe_steps(settings: Any, trainer: Any, steps: int) -> str:
@@ -316,33 +331,33 @@ def median_of_pairs(pairs: np.ndarray) -> tuple[float, tuple[float, float]]:
     return float(np.median(pairs)), interval(pairs)
 
 
-def measure_step(args: argparse.Namespace) -> tuple[str, list[Row]]:
+def measure_step(args: argparse.Namespace) -> Measured:
     """Steps with and without EXACT, of one model on the same batches with the same document masks."""
     from .loss import gpt_loss
     from .training.data import build_loader
 
     with one_rank(args, args.steps + WARMUP, ["model.exact.enabled=true"]) as (settings, trainer):
 
-        def arm(dataset: Any, loss_func: Any) -> Callable[[int], Any]:
-            loader = iter(build_loader(settings, dataset, trainer.vocabulary, consumed=0))
+        def arm(own: Arm) -> Callable[[int], Any]:
+            loader = iter(build_loader(settings, own.dataset, trainer.vocabulary, consumed=0))
 
             def step(_: int) -> None:
-                trainer.loss_func = loss_func
+                trainer.loss_func = own.loss_func
                 trainer.train_step(loader)
 
             return step
 
-        arms = {
-            "exact": arm(trainer.train_data, trainer.loss_func),
-            "baseline": arm(twin(trainer.train_data, weight_table=None), gpt_loss),
-        }
+        exact = Arm(trainer.train_data, trainer.loss_func)
+        baseline = Arm(twin(trainer.train_data, weight_table=None), gpt_loss)
+        proof = prove_arms(exact, baseline, settings.model.global_batch_size)
+        arms = {"exact": arm(exact), "baseline": arm(baseline)}
         interleaved(arms, WARMUP)
         seconds = interleaved(arms, args.steps)
         setup = describe_steps(settings, trainer, args.steps)
     ratio, interval = median_of_pairs(seconds["baseline"] / seconds["exact"])
     own, reference = (settings.tokens_per_step / float(np.median(seconds[name])) for name in ("exact", "baseline"))
     row = Row("training step", own, reference, "tokens/s", ratio, "ratio >= 0.99", ratio >= 0.99, interval)
-    return setup, [row]
+    return {"setup": setup, "arms": proof}, [row]
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:

@@ -43,6 +43,7 @@ class Comparison:
         steps: lines of metrics.jsonl of each run, in order.
         held_out: last line of validation.jsonl of each run.
         weights: exact/weights.json: census, digest, buckets.
+        proof: arms.json, what arms.py found on the arms' first batch before they were trained.
         facts: comparison.json: command, date, versions, hardware, number of parameters; empty without it.
     """
 
@@ -50,6 +51,7 @@ class Comparison:
     steps: dict[str, list[dict[str, Any]]]
     held_out: dict[str, dict[str, Any]]
     weights: dict[str, Any]
+    proof: dict[str, Any]
     facts: dict[str, Any]
 
     @property
@@ -98,8 +100,8 @@ def read_comparison(comparison_dir: str | os.PathLike[str]) -> Comparison:
 
     Raises:
         FileNotFoundError: a run or one of its files is missing.
-        ValueError: a run has not reached its last step, or the arms differ in more than model.exact.enabled
-            or in the targets they were trained or measured on.
+        ValueError: a run has not reached its last step, the arms differ in more than model.exact.enabled or in the targets
+            they were trained or measured on, or one of them was not trained with the weights that it should have.
     """
     from omegaconf import OmegaConf
 
@@ -134,11 +136,42 @@ def read_comparison(comparison_dir: str | os.PathLike[str]) -> Comparison:
         if targets["baseline"] != targets["exact"]:
             raise ValueError(f"{folder}: baseline and exact were {what} on different targets, so that they are no pair")
 
+    if not (folder / "arms.json").is_file():
+        raise FileNotFoundError(f"{folder / 'arms.json'} does not exist: `exact-megatron compare` writes it")
+    proof = json.loads((folder / "arms.json").read_text())
+    for run in ARMS:
+        check_trained(folder / run, proof if run == "exact" else None)
     weights = json.loads((folder / "exact" / "weights.json").read_text())
     facts = folder / "comparison.json"
     return Comparison(
-        configs, lines["metrics"], held_out, weights, json.loads(facts.read_text()) if facts.is_file() else {}
+        configs, lines["metrics"], held_out, weights, proof, json.loads(facts.read_text()) if facts.is_file() else {}
     )
+
+
+def check_trained(run: str | os.PathLike[str], proof: Mapping[str, Any] | None) -> None:
+    """Check by what a run of the native runner wrote that it was trained as the arm that it should be.
+
+    Args:
+        run: its folder, with metrics.jsonl.
+        proof: what arms.py found for a weighted arm; None for the baseline.
+
+    Raises:
+        ValueError: the weighted arm's loss was never weighted, or by another table than the proof's; the baseline's was.
+    """
+    steps = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    weighted = [line["step"] for line in steps if line["exact_loss"] != line["lm_loss"]]
+    table = Path(run, "weights.json")
+    digest = json.loads(table.read_text())["digest"] if table.is_file() else None
+    if proof is None and (weighted or digest):
+        first = f", and its loss is weighted from step {weighted[0]}" if weighted else ""
+        raise ValueError(
+            f"{run} should be the baseline, and has the weight table {digest}{first}: remove it and train it again"
+        )
+    if proof is not None and (not weighted or digest != proof["weight table"]):
+        raise ValueError(
+            f"{run} should be weighted by the table {proof['weight table']}; it has {digest}, and its loss is weighted in "
+            f"{len(weighted)} of {len(steps)} steps: remove it and train it again"
+        )
 
 
 def changed_settings(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -321,6 +354,7 @@ def _markdown(result: Comparison) -> str:
         weight_table=_markdown_table(weights),
         census=result.weights["census"],
         digest=result.weights["digest"],
+        proof=", ".join(f"{name} {value}" for name, value in result.proof.items() if name != "weight table"),
         speed=result.speed(),
         held_out_targets=total["targets"],
         setup_table=_markdown_table(setup, align="left"),

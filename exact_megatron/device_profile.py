@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from .benchmark import Row
+from .benchmark import Measured, Row
 from .geometry import GEOMETRIES
 
 REPEATS, WARMUP = 20, 5
@@ -109,7 +109,7 @@ def copy_rate(elements: int) -> float:
     return 2.0 * source.nbytes / _seconds(lambda: target.copy_(source), cuda) / 1e12
 
 
-def measure(args: argparse.Namespace) -> tuple[str, list[Row]]:
+def measure(args: argparse.Namespace) -> Measured:
     """Products of a large square, then of the geometries' layers; the reference is the bf16 square (fp32 on a CPU)."""
     import torch
 
@@ -135,7 +135,7 @@ def measure(args: argparse.Namespace) -> tuple[str, list[Row]]:
     rate = copy_rate(1 << (29 if cuda else 22))
     rows.append(Row("copy", rate, rate, "TB/s", 1.0, "", True))
     setup = f"products [rows, inner] x [inner, columns] of random matrices, median of {REPEATS}; rows of the layers' products: "
-    return setup + f"{args.step_tokens:,} tokens; reference: the {kinds[0]} square", rows
+    return {"setup": setup + f"{args.step_tokens:,} tokens; reference: the {kinds[0]} square"}, rows
 
 
 def group(kernel: str) -> str:
@@ -143,6 +143,25 @@ def group(kernel: str) -> str:
     return next(
         (name for name, pattern in GROUPS.items() if re.search(pattern, kernel, re.IGNORECASE)), "elementwise and other"
     )
+
+
+def kernel_times(events: Iterable[Any], cuda: bool) -> dict[str, tuple[float, int]]:
+    """{name: (seconds, calls)} of the kernels among a profiler's events; on a CPU, of the operators, without what they call.
+
+    A GPU's profile has each kernel once as itself, once as its operator (a CPU event with the same device time), and once more
+    in every user annotation around it (record_function, NVTX), which also spans the gaps between kernels: only the first counts.
+    """
+    from torch.autograd import DeviceType
+
+    times: dict[str, tuple[float, int]] = {}
+    for event in events:
+        if event.is_user_annotation or (event.device_type == DeviceType.CPU) == cuda:
+            continue
+        own = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+        if own > 0:
+            seconds, calls = times.get(event.key, (0.0, 0))
+            times[event.key] = seconds + own, calls + event.count
+    return times
 
 
 def kernel_table(step: Callable[[], Any], device: Any, steps: int = 2) -> dict[str, Any]:
@@ -165,16 +184,7 @@ def kernel_table(step: Callable[[], Any], device: Any, steps: int = 2) -> dict[s
         if cuda:
             torch.cuda.synchronize()
     wall = time.perf_counter() - started
-    events = prof.key_averages()
-    times: dict[str, tuple[float, int]] = {}
-    for event in events:
-        # On a GPU the kernels' own rows: operators carry the same time once more.
-        if cuda and event.device_type == torch.autograd.DeviceType.CPU:
-            continue
-        own = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
-        if own > 0:
-            known = times.get(event.key, (0.0, 0))
-            times[event.key] = (known[0] + own, known[1] + event.count)
+    times = kernel_times(prof.key_averages(), cuda)
     busy = sum(own for own, _ in times.values())
     shares: dict[str, float] = {}
     for name, (own, _) in times.items():

@@ -100,6 +100,11 @@ class QKTiming:
             self.remove()
         return self.factor
 
+    @property
+    def active(self) -> bool:
+        """Whether the optimizer's next step is slowed."""
+        return bool(self._handles)
+
     def remove(self) -> None:
         """Take the hooks out of the optimizer."""
         for handle in self._handles:

@@ -125,7 +125,8 @@ def test_emulated_ranks_together_are_the_whole(mode, cp, kv_heads):
 def measure(*arguments):
     parser = argparse.ArgumentParser()
     attention_benchmark.add_arguments(parser)
-    return attention_benchmark.measure(parser.parse_args([*arguments]))
+    facts, rows = attention_benchmark.measure(parser.parse_args([*arguments]))
+    return facts["setup"], rows
 
 
 SMALL = "--seq-length 128 --heads 4 --kv-heads 2 --head-dim 8 --cp 2,4 --samples 6 --repeats 2".split()

@@ -48,6 +48,7 @@ def test_census(measure):
 def test_getitem(measure):
     result, printed = measure("getitem", "--seq-length", "256", "--samples", "20")
     check(result, printed, ["against stock", "against reset flags"])
+    assert result["arms"]["tail targets"] > 0
     for row, limit in zip(result["rows"], (1.25, 0.05)):
         assert row["ratio"] == row["own"] / row["reference"] and row["passed"] == (row["ratio"] <= limit)
 
@@ -68,6 +69,9 @@ def test_step(tmp_path):
     low, high = row["interval"]
     assert 0 < low <= row["ratio"] <= high
     assert "256 tokens a step in windows of 128, one rank on cpu" in result["setup"]
+    proof = result["arms"]
+    assert proof["tail targets"] > 0 and proof["loss mask of exact"] != proof["loss mask of baseline"]
+    assert all(f"{name} {value}" in done.stdout for name, value in proof.items())
     assert all(setting in result["command"] for setting in overrides)
 
 
@@ -82,6 +86,9 @@ def test_qk_timing(tmp_path):
     during, after, memory = result["rows"]
     assert during["name"] == "step during the phase" and after["name"] == "step after the phase"
     assert during["interval"][0] <= during["ratio"] <= during["interval"][1]
+    assert result["arms"]["during"].startswith("factor 0.") and "hooked True" in result["arms"]["during"]
+    tokens = {said.split("tokens ")[1] for said in result["arms"].values()}
+    assert len(result["arms"]) == 3 and len(tokens) == 1
     slowed = (8 + 4) * 4 * 32  # queries and keys of the second layer
     assert result["setup"].startswith(f"{slowed:,} parameters slowed")
     assert memory["own"] == slowed * 4 / 2**20 and 0 < memory["ratio"] < 1

@@ -154,7 +154,9 @@ def hand_made(folder, losses=BUCKET_LOSSES):
         speed = {"base": 50.0, "baseline": 1000.0, "exact": 950.0}[run]
         with (where / "metrics.jsonl").open("w") as stream:
             for step in range(1, 13):
-                line = {"step": step, "lm_loss": LOSSES[run] + 1 / step, "tokens": 128 * step, "targets": 128}
+                loss = LOSSES[run] + 1 / step
+                line = {"step": step, "lm_loss": loss, "tokens": 128 * step, "targets": 128}
+                line["exact_loss"] = loss + 0.01 * (run == "exact")
                 stream.write(json.dumps({**line, "tokens_per_s": 1.0 if step < 6 else speed}) + "\n")
         values = losses.get(run, [4.5] * 4)
         buckets = {b: {"loss": loss, "targets": 10 * (i + 1)} for i, (b, loss) in enumerate(zip(BUCKETS, values))}
@@ -162,6 +164,8 @@ def hand_made(folder, losses=BUCKET_LOSSES):
         (where / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     weights = {"census": census.digest, "digest": table.digest, "buckets": table.rows()}
     (folder / "exact" / "weights.json").write_text(json.dumps(weights))
+    proof = {"samples": "0 to 1", "tokens": "70ce75", "weight table": table.digest, "loss mask of exact": "ma5c"}
+    (folder / "arms.json").write_text(json.dumps(proof))
     facts = {"command": "exact-megatron compare --config a.yaml 'x=a|b'", "torch": "2.99", "CPU": "abacus"}
     (folder / "comparison.json").write_text(json.dumps({**facts, "parameters": 1234567}))
     return census, table
@@ -185,6 +189,7 @@ def test_report_repeats_the_numbers_of_the_runs(tmp_path, capsys):
         shown = cells(text, f"{row['low']}-{row['high']}")[1]
         assert shown[1:4] == [str(row["targets"]), f"{100 * row['share']:.1f} %", f"{row['weight']:.4f}"]
     assert f"`{census.digest}`" in text and f"`{table.digest}`" in text
+    assert "On the first batch of both arms: samples 0 to 1, tokens 70ce75, loss mask of exact ma5c." in text
     assert "a model of 1,234,567 parameters, trained on 1,536 tokens at a window of 16" in text
     assert "4.4321" in text  # the base's own held-out loss
     assert "baseline 1,000 tokens/s" in text and "EXACT 950 tokens/s" in text and "baseline 0.950" in text
@@ -219,6 +224,20 @@ def rewrite(path, change):
     "spoil, message",
     [
         (lambda f: (f / "base" / "validation.jsonl").unlink(), "validation.jsonl does not exist"),
+        (lambda f: (f / "arms.json").unlink(), "arms.json does not exist"),
+        (
+            lambda f: rewrite(f / "exact" / "metrics.jsonl", lambda x: x.update(exact_loss=x["lm_loss"])),
+            "its loss is weighted in 0 of 12 steps",
+        ),
+        (
+            lambda f: rewrite(f / "baseline" / "metrics.jsonl", lambda x: x.update(exact_loss=9.0)),
+            "should be the baseline, and has the weight table None, and its loss is weighted from step 1",
+        ),
+        (lambda f: (f / "baseline" / "weights.json").write_text('{"digest": "d1"}'), "has the weight table d1: remove"),
+        (
+            lambda f: (f / "exact" / "weights.json").write_text('{"digest": "d1"}'),
+            "it has d1, and its loss is weighted in 12",
+        ),
         (
             lambda f: rewrite(f / "exact" / "metrics.jsonl", lambda x: x.update(step=x["step"] - 1)),
             "reach step 12",
@@ -240,7 +259,19 @@ def rewrite(path, change):
             "it is False and False",
         ),
     ],
-    ids=["missing", "unfinished", "trained", "measured", "seed", "unweighted"],
+    ids=[
+        "missing",
+        "unproved",
+        "unweighted",
+        "weighted baseline",
+        "weighted baseline data",
+        "other table",
+        "unfinished",
+        "trained",
+        "measured",
+        "seed",
+        "unweighted",
+    ],
 )
 def test_report_refuses_runs_that_are_no_pair(tmp_path, spoil, message):
     hand_made(tmp_path / "pair")
@@ -330,6 +361,11 @@ def fake_runs(compare, monkeypatch):
     launched = []
 
     def launch(command):
+        if "exact_megatron.arms" in command:
+            Path(command[command.index("exact_megatron.arms") + 1]).parent.mkdir(parents=True, exist_ok=True)
+            Path(command[command.index("exact_megatron.arms") + 1]).write_text("{}")
+            launched.append("arms")
+            return 0
         arguments = command[command.index("train") + 3 :]
         run = compare.load_config(command[command.index("train") + 2], arguments)
         folder = Path(run.exp_manager.exp_dir)
@@ -347,7 +383,7 @@ def fake_runs(compare, monkeypatch):
 def test_compare_trains_each_run_once_and_reports(compare, fake_runs, tmp_path, capsys):
     config = yaml_file(tmp_path)
     compare.compare(config, ["model.seed=7"], 128, 10)
-    assert fake_runs == ["base", "baseline", "exact", "report"]
+    assert fake_runs == ["arms", "base", "baseline", "exact", "report"]
     facts = json.loads((tmp_path / "out" / "comparison.json").read_text())
     expected = f"exact-megatron compare --config {config} --base-seq-length 128 --base-steps 10 model.seed=7"
     assert facts == {"command": expected, "CPU": "abacus"}
@@ -371,7 +407,10 @@ def test_compare_refuses_a_folder_with_other_settings(compare, fake_runs, tmp_pa
 
 def test_compare_names_the_run_that_failed_or_stopped(compare, fake_runs, tmp_path, monkeypatch):
     config = yaml_file(tmp_path)
-    monkeypatch.setattr(compare, "launch", lambda command: 3)
+    monkeypatch.setattr(compare, "launch", lambda command: 2)
+    with pytest.raises(RuntimeError, match="would not differ as they must: see above; nothing was trained"):
+        compare.compare(config, [], 128, 10)
+    monkeypatch.setattr(compare, "launch", lambda command: 3 * ("train" in command))
     with pytest.raises(RuntimeError, match="the run base failed with exit code 3"):
         compare.compare(config, [], 128, 10)
     monkeypatch.setattr(compare, "launch", lambda command: 0)

@@ -145,6 +145,12 @@ def test_benchmark_and_the_first_try_suit_the_recipes(slurm):
     files = [str(CONFIGS / name) for name in ("cpt.yaml", "models/llama-3.2-1b.yaml", "stages/4k.yaml")]
     done = slurm("benchmark.sbatch", "run", *(word for file in files for word in ("--config", file)), STEPS="20")
     assert done.returncode == 0, done.stderr
+    first = (slurm.folder / "srun.calls").read_text().split("\ntrain\n")[0].splitlines()
+    assert first[first.index("exact_megatron.arms") + 1] == "run/arms.json"  # before the first turn, on the same data
+    load_config(
+        files,
+        first[first.index("exact_megatron.arms") + 2 + 2 * len(files) : first.index("trainer.limit_val_batches=0") + 1],
+    )
     turn = (slurm.folder / "srun.calls").read_text().split("\ntrain\n")[1].splitlines()
     overrides = turn[2 * len(files) : turn.index("model.exact.enabled=false") + 1]
     run = load_config(files, overrides)
@@ -162,8 +168,12 @@ def test_benchmark_prints_the_ratio_of_the_medians(slurm):
     for i, (arm, speed) in enumerate((("baseline", 100), ("exact", 99), ("exact", 97), ("baseline", 100))):
         run = folder / f"{i}-{arm}"
         run.mkdir(parents=True)
-        lines = [json.dumps({"tokens_per_s": s}) for s in (1, 1, speed - 1, speed, speed + 1)]
+        loss = {"step": 1, "lm_loss": 2.0, "exact_loss": 2.5 if arm == "exact" else 2.0}
+        lines = [json.dumps({**loss, "tokens_per_s": s}) for s in (1, 1, speed - 1, speed, speed + 1)]
         (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        if arm == "exact":
+            (run / "weights.json").write_text('{"digest": "7ab1e"}')
+    (folder / "arms.json").write_text('{"tokens": "70ce75", "weight table": "7ab1e"}')
     text = (SCRIPTS / "benchmark.sbatch").read_text().split('run_once "$folder" -c \'')[1].split('\' "$folder"')[0]
     arguments = [folder, "2", "baseline", "exact", "exact", "baseline"]
     done = subprocess.run([sys.executable, "-c", text, *arguments], capture_output=True, text=True, check=True)
@@ -171,7 +181,11 @@ def test_benchmark_prints_the_ratio_of_the_medians(slurm):
         "baseline median tokens/s of each turn: 100 100",
         "exact median tokens/s of each turn: 99 97",
         "exact / baseline: 0.9800",
+        "first batch: tokens 70ce75, weight table 7ab1e",
     ]
+    (folder / "2-exact" / "weights.json").unlink()  # that turn was a second baseline
+    done = subprocess.run([sys.executable, "-c", text, *arguments], capture_output=True, text=True)
+    assert done.returncode and "2-exact should be weighted by the table 7ab1e; it has None" in done.stderr
 
 
 def test_container(slurm):

@@ -39,12 +39,14 @@ class Arm:
         name: base, baseline or exact; the folder in exp_manager.exp_dir.
         what: headline for the terminal.
         run: its configuration.
+        settings: what `train` is given: --config FILE and overrides.
         command: the `train` command that makes it.
     """
 
     name: str
     what: str
     run: RunConfig
+    settings: list[str]
     command: list[str]
 
     @property
@@ -73,7 +75,8 @@ def compare(config_path: ConfigPath, overrides: list[str], base_seq_length: int,
 
     Raises:
         FileNotFoundError, ValueError: see plan; also where a folder holds a run with other settings.
-        ExactError: a run failed or was stopped from outside; names it and its exit code.
+        ExactError: the arms would not differ as they must (arms.py), before anything is trained; or a run failed or was
+            stopped from outside, names it and its exit code.
     """
     if is_rank():
         raise ValueError("start `exact-megatron compare` once, not under torchrun or srun: it starts the ranks itself")
@@ -82,6 +85,12 @@ def compare(config_path: ConfigPath, overrides: list[str], base_seq_length: int,
         _refuse_other_run(arm)
     if arms[0].run.trainer.devices > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own choice, without its banner
+    folder = arms[0].folder.parent
+    proof = folder / "arms.json"
+    if not proof.is_file() or any(arm.steps_done < arm.run.trainer.max_steps for arm in arms):
+        code = launch([sys.executable, "-W", "ignore", "-m", "exact_megatron.arms", str(proof), *arms[-1].settings])
+        if code:
+            raise ExactError("baseline and EXACT would not differ as they must: see above; nothing was trained")
     trained = False
     for number, arm in enumerate(arms, 1):
         headline = f"{arm.name} ({number} of {len(arms)}): {arm.what}"
@@ -99,7 +108,6 @@ def compare(config_path: ConfigPath, overrides: list[str], base_seq_length: int,
             )
         trained = True
 
-    folder = arms[0].folder.parent
     facts = folder / "comparison.json"
     if trained or not facts.is_file():
         command = ["exact-megatron", "compare", *_config_option(config_path)]
@@ -165,10 +173,12 @@ def plan(config_path: ConfigPath, overrides: list[str], base_seq_length: int, ba
     arms = []
     for name, (what, own) in runs.items():
         settings = [*overrides, *own, f"exp_manager.exp_dir={exp_dir / name}"]
-        train = ["train", *_config_option(config_path), *settings]
+        given = [*_config_option(config_path), *settings]
         devices = run.trainer.devices
-        command = torchrun(devices, train) if devices > 1 else [sys.executable, "-m", "exact_megatron", *train]
-        arms.append(Arm(name, what, load_config(config_path, settings), command))
+        command = [sys.executable, "-m", "exact_megatron", "train", *given]
+        if devices > 1:
+            command = torchrun(devices, ["train", *given])
+        arms.append(Arm(name, what, load_config(config_path, settings), given, command))
     return arms
 
 
