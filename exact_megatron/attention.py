@@ -181,14 +181,11 @@ def _te_module(heads: int, kv_heads: int, channels: int, scale: float | None) ->
 def _te(q: Tensor, k: Tensor, v: Tensor | None, nq: Lengths, nk: Lengths, scale: float | None) -> list[Tensor]:
     """Transformer Engine (CUDA, half precision); the mask of gather needs cuDNN >= 9.7 or flash-attn."""
     module = _te_module(q.size(1), k.size(-2), q.size(2), scale)
-    if v is not None:
-        kv = {"key_layer": k, "value_layer": v}
-    elif "kv_layer" in _arguments(type(module).forward):
+    if v is None and "kv_layer" not in _arguments(type(module).forward):  # older versions: copies start at offset 0
+        k, v = (t.clone(memory_format=torch.contiguous_format) for t in k.unbind(1))
+    kv = {"key_layer": k, "value_layer": v}
+    if v is None:
         kv = {"key_layer": None, "value_layer": None, "kv_layer": k}
-    else:  # up to 2.18: copies, which start at the offset 0
-        kv = dict(
-            zip(("key_layer", "value_layer"), (t.clone(memory_format=torch.contiguous_format) for t in k.unbind(1)))
-        )
     mask = "padding_causal" if nq == nk else "padding_causal_bottom_right"
     cu_q, cu_k = (_cu_seqlens(n, q.device) for n in (nq, nk))
     out = module(

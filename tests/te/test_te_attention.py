@@ -148,7 +148,7 @@ def test_equals_dense(kernels, cp, mode, batch, heads, groups):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("cp", [2, 4])
 def test_gather_before_packed_inputs(kernels, monkeypatch, cp, batch):
-    """Without `kv_layer` (up to 2.18) Transformer Engine's layout check accepts the copies."""
+    """Without `kv_layer` (older versions) Transformer Engine's layout check accepts the copies."""
     arguments = attention._arguments
     monkeypatch.setattr(attention, "_arguments", lambda function: arguments(function) - {"kv_layer"})
     cuts, case = packing(7, batch), [t.bfloat16() for t in tensors(4, 2, batch)]
