@@ -9,13 +9,14 @@ VENV_BRIDGE := .venv-bridge
 VENV_BRIDGE06 := .venv-bridge-0.6
 VENV_NEMO := .venv-nemo
 VENV_EVAL := .venv-eval
+VENV_TE := .venv-te
 RUN := runs/demo
 
 export TORCH_COMPILE_DISABLE := 1
 export CUDA_DEVICE_MAX_CONNECTIONS := 1
 export MPLBACKEND := Agg
 
-.PHONY: demo setup test test-mcore-0.19 test-upstream test-bridge test-bridge-0.6 test-nemo test-slurm test-eval walkthrough gpu-dry-run lint clean
+.PHONY: demo setup test test-mcore-0.19 test-te test-upstream test-bridge test-bridge-0.6 test-nemo test-slurm test-eval walkthrough gpu-dry-run lint clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +44,20 @@ $(VENV19)/.installed: setup.py
 
 test-mcore-0.19: $(VENV19)/.installed  ## the same tests on megatron-core 0.19.2, Python 3.12 (4.7 GB: it imports triton)
 	$(VENV19)/bin/python -m pytest -q --durations=10
+
+# Transformer Engine's Python on torch's CUDA build, without a GPU or a driver. PyPI has no wheel of its torch extension: pip compiles
+# it, with nvcc of CUDA 13, cuDNN's headers and a C++ compiler, or takes wheels of 2.20.2 for torch 2.11 from the folder TE_WHEELS.
+$(VENV_TE)/.installed: setup.py
+	$(PYTHON312) -m venv $(VENV_TE)
+	$(VENV_TE)/bin/pip install --quiet --upgrade pip
+	$(VENV_TE)/bin/pip install --quiet torch==2.11.0 setuptools wheel pybind11 ninja
+	$(VENV_TE)/bin/pip install --quiet --no-build-isolation $(if $(TE_WHEELS),--find-links $(TE_WHEELS) --only-binary transformer_engine_torch) \
+		transformer_engine==2.20.2 transformer_engine_cu13==2.20.2 transformer_engine_torch==2.20.2
+	$(VENV_TE)/bin/pip install --quiet torch==2.11.0 megatron-core==0.19.2 -e ".[dev]"
+	touch $@
+
+test-te: $(VENV_TE)/.installed  ## Transformer Engine's own Python around stand-ins for its kernels: make test-te TE_WHEELS=/folder/with/wheels
+	$(VENV_TE)/bin/python -m pytest -q -m "te or not te" --durations=5 tests/test_attention.py tests/te
 
 test-upstream: $(VENV)/.installed $(VENV19)/.installed  ## the real pretrain_gpt.py: make test-upstream MEGATRON_LM=/path/to/clone
 	MEGATRON_LM=$(MEGATRON_LM) $(VENV)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py tests/upstream/test_qk_timing_upstream.py

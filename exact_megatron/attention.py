@@ -13,8 +13,8 @@ Transformer Engine's own thd attention expects a zigzag per document and is sile
   number of heads. Only the local K/V are kept for backward, which gathers again.
 
 The kernel inside is Transformer Engine's thd attention or torch's varlen_attn on CUDA in half precision, else
-scaled_dot_product_attention document by document. The CUDA kernels cannot run on a CPU: there the tests check
-their arguments against stand-ins.
+scaled_dot_product_attention document by document. The CUDA kernels cannot run on a CPU: there tests/te runs Transformer
+Engine's own Python around a stand-in for its kernels, and the other tests stand in for the two calls.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from .context_parallel import Exchange, GatherSpans, LocalKV
+from .context_parallel import GatherSpans, LocalKV, ToHeads, ToSequence
 from .supported import COMM_TYPES, check_supported
 
 __all__ = ["DocumentAttention", "DocumentBoundaries", "check_supported", "document_boundaries"]
@@ -128,11 +128,23 @@ def _cu_seqlens(lengths: Lengths, device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 
 
-# Kernels: query [tq, heads, d], key and value [tk, kv_heads, d], lengths -> output [tq, heads, d] in pieces.
+# Kernels: query [tq, heads, d], key and value [tk, kv_heads, d], lengths -> output [tq, heads, d] in pieces. Key and value
+# that are parts of one buffer come as key [tk, 2, kv_heads, d] and value None: Transformer Engine detects layouts by storage
+# offsets and rejects parts that do not start at 0, unless they are declared to be interleaved.
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, nq: Lengths, nk: Lengths, scale: float | None) -> list[Tensor]:
+def _apart(k: Tensor, v: Tensor | None) -> tuple[Tensor, ...]:
+    return k.unbind(1) if v is None else (k, v)
+
+
+@functools.cache
+def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor | None, nq: Lengths, nk: Lengths, scale: float | None) -> list[Tensor]:
     """Document by document, any device and dtype."""
+    k, v = _apart(k, v)
     pieces, gqa = [], q.size(1) != k.size(1)
     # split, not slices: its backward is one concatenation, not a zero-filled tensor per document
     for part in zip(q.split(nq), k.split(nk), v.split(nk), strict=True):
@@ -146,13 +158,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, nq: Lengths, nk: Lengths, scale: floa
     return pieces
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, nq: Lengths, nk: Lengths, scale: float | None) -> list[Tensor]:
+def _varlen(q: Tensor, k: Tensor, v: Tensor | None, nq: Lengths, nk: Lengths, scale: float | None) -> list[Tensor]:
     """torch's varlen_attn (CUDA, half precision); window (-1, 0) is causal, aligned at the lower right."""
     from torch.nn.attention.varlen import varlen_attn
 
+    k, v = _apart(k, v)
     cu = [_cu_seqlens(n, q.device) for n in (nq, nk)]
-    gqa = q.size(1) != k.size(1)
-    return [varlen_attn(q, k, v, *cu, max(nq), max(nk), scale=scale, window_size=(-1, 0), enable_gqa=gqa)]
+    # torch 2.11 has no such argument and hands any number of KV heads to flash attention, whose kernels take them
+    gqa = {"enable_gqa": q.size(1) != k.size(1)} if "enable_gqa" in _arguments(varlen_attn) else {}
+    return [varlen_attn(q, k, v, *cu, max(nq), max(nk), scale=scale, window_size=(-1, 0), **gqa)]
 
 
 @functools.cache
@@ -164,12 +178,18 @@ def _te_module(heads: int, kv_heads: int, channels: int, scale: float | None) ->
                                   qkv_format="thd", softmax_scale=scale)  # fmt: skip
 
 
-def _te(q: Tensor, k: Tensor, v: Tensor, nq: Lengths, nk: Lengths, scale: float | None) -> list[Tensor]:
+def _te(q: Tensor, k: Tensor, v: Tensor | None, nq: Lengths, nk: Lengths, scale: float | None) -> list[Tensor]:
     """Transformer Engine (CUDA, half precision); the mask of gather needs cuDNN >= 9.7 or flash-attn."""
+    module = _te_module(q.size(1), k.size(-2), q.size(2), scale)
+    if v is None and "kv_layer" not in _arguments(type(module).forward):  # older versions: copies start at offset 0
+        k, v = (t.clone(memory_format=torch.contiguous_format) for t in k.unbind(1))
+    kv = {"key_layer": k, "value_layer": v}
+    if v is None:
+        kv = {"key_layer": None, "value_layer": None, "kv_layer": k}
     mask = "padding_causal" if nq == nk else "padding_causal_bottom_right"
     cu_q, cu_k = (_cu_seqlens(n, q.device) for n in (nq, nk))
-    out = _te_module(q.size(1), k.size(1), q.size(2), scale)(
-        q, k, v, qkv_format="thd", cu_seqlens_q=cu_q, cu_seqlens_kv=cu_k, max_seqlen_q=max(nq),
+    out = module(
+        q, **kv, qkv_format="thd", cu_seqlens_q=cu_q, cu_seqlens_kv=cu_k, max_seqlen_q=max(nq),
         max_seqlen_kv=max(nk), attn_mask_type=mask)  # fmt: skip
     return [out.view(q.shape)]
 
@@ -189,8 +209,7 @@ def _fastest_on_cuda() -> str:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return "sdpa"
-    known = inspect.signature(varlen_attn).parameters  # its first releases have other arguments
-    return "varlen" if {"scale", "window_size", "enable_gqa"} <= set(known) else "sdpa"
+    return "varlen" if {"scale", "window_size"} <= _arguments(varlen_attn) else "sdpa"  # from torch 2.11 on
 
 
 def kernel_name(asked: str, query: Tensor) -> str:
@@ -320,17 +339,17 @@ class DocumentAttention(MegatronModule):
             out = _join(kernel(_flat(query), _flat(key), _flat(value), lengths, lengths))
         elif self.mode == "ulysses":
             parts = [t.unflatten(2, (self.cp, -1)) for t in (query, key, value)]
-            together = Exchange.apply(torch.cat(parts, 3), self.cp_group, b, True)
-            out = _join(kernel(*together.split([t.size(3) for t in parts], 1), lengths, lengths))
-            return Exchange.apply(out, self.cp_group, b, False).flatten(2)
+            sizes = tuple(t.size(3) for t in parts)
+            out = _join(kernel(*ToHeads.apply(torch.cat(parts, 3), self.cp_group, b, sizes), lengths, lengths))
+            return ToSequence.apply(out, self.cp_group, b).flatten(2)
         else:
             plan = _chunk_plan(documents.boundaries, documents.seq_length, self.cp_group.rank(), self.cp)
             spans, nq, nk = zip(*plan, strict=True)
             local = LocalKV(key, value, self.cp_group)
             kv = GatherSpans.apply(key, value, local, spans)
-            calls = zip(_flat(query).split(s // 2), kv[::2], kv[1::2], nq, nk, strict=True)
+            calls = zip(_flat(query).split(s // 2), kv, nq, nk, strict=True)
             with local.saving(kv[0]):
-                out = _join([piece for call in calls for piece in kernel(*call)])
+                out = _join([piece for q, part, *lengths in calls for piece in kernel(q, part, None, *lengths)])
         return out.reshape(b, s, -1).transpose(0, 1).contiguous()
 
 

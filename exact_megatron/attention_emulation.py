@@ -19,7 +19,10 @@ from .benchmark import SEED
 
 @dataclass(frozen=True)
 class Call:
-    """A kernel call: its part of q, k, v of the whole micro-batch [b*S, heads, d], and the pieces' lengths."""
+    """A kernel call: its part of q, k, v of the whole micro-batch [b*S, heads, d], and the pieces' lengths.
+
+    `interleaved`: key and value come in one tensor [tokens, 2, kv_heads, d], as gather leaves them.
+    """
 
     rows: slice
     columns: slice
@@ -27,6 +30,7 @@ class Call:
     kv_heads: slice
     queries: Lengths
     keys: Lengths
+    interleaved: bool = False
 
 
 def kernel_calls(shape: Shape, cuts: Lengths, mode: str, cp: int, rank: int) -> list[Call]:
@@ -37,7 +41,7 @@ def kernel_calls(shape: Shape, cuts: Lengths, mode: str, cp: int, rank: int) -> 
         return [Call(every, every, heads, kv_heads, lengths, lengths)]
     heads, kv_heads = slice(0, shape.heads), slice(0, shape.kv_heads)
     plan = _chunk_plan(cuts, shape.seq_length, rank, cp)
-    return [Call(slice(s.stop - sum(nq), s.stop), s, heads, kv_heads, nq, nk) for s, nq, nk in plan]
+    return [Call(slice(s.stop - sum(nq), s.stop), s, heads, kv_heads, nq, nk, True) for s, nq, nk in plan]
 
 
 def _place(call: Call) -> str:
@@ -66,19 +70,21 @@ class Emulation:
         self.kernel = kernel_name(kernel, self.whole[0])
 
     def inputs(self, call: Call) -> list[Tensor]:
-        """q, k, v and the output's gradient of a call; contiguous, as the exchange leaves them."""
+        """q, k, v (interleaved: q, kv) and the output's gradient of a call; contiguous, as the exchange leaves them."""
         q, k, v, grad = self.whole
         parts = [t[call.rows, call.heads] for t in (q, grad)] + [t[call.columns, call.kv_heads] for t in (k, v)]
         q, grad, k, v = (t.contiguous() for t in parts)
-        return [q, k, v, grad]
+        return [q, torch.stack((k, v), 1), grad] if call.interleaved else [q, k, v, grad]
 
     @staticmethod
     def run(call: Call, inputs: list[Tensor], kernel: str) -> list[Tensor]:
         """Output, dq, dk, dv."""
-        q, k, v = (t.detach().requires_grad_() for t in inputs[:3])
+        q, *kv = (t.detach().requires_grad_() for t in inputs[:-1])
+        k, v = (*kv, None) if call.interleaved else kv
         pieces = _KERNELS[kernel](q, k, v, call.queries, call.keys, scale=None)
         out = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
+        dq, *dkv = torch.autograd.grad(out, (q, *kv), inputs[-1])
+        return [out.detach(), dq, *(dkv[0].unbind(1) if call.interleaved else dkv)]
 
     def arm(self, rounds: Sequence[list[Call]]) -> Callable[[int], None]:
         """A rank's calls on the micro-batch of each round."""

@@ -22,60 +22,83 @@ def _zigzag(cp: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return place.to(device), place.argsort().to(device)
 
 
-def _exchange(x: Tensor, group: dist.ProcessGroup, batch: int, to_heads: bool) -> Tensor:
-    """Between [S/cp, b, cp, h, d], cut along the sequence, and [b*S, h, d], this rank's part of the heads."""
-    cp, rest = group.size(), x.shape[-2:]
-    place, inverse = _zigzag(cp, x.device)
-    if to_heads:
-        x = x.permute(2, 0, 1, 3, 4)
-    else:
-        x = x.reshape(batch, 2 * cp, -1, *rest).permute(1, 2, 0, 3, 4).index_select(0, inverse)
+def _all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     dist.all_to_all_single(out, x, group=group)
-    if to_heads:
-        return out.view(2 * cp, -1, batch, *rest).permute(2, 0, 1, 3, 4).index_select(1, place).flatten(0, 2)
-    return out.view(cp, -1, batch, *rest).permute(1, 2, 0, 3, 4)
+    return out
 
 
-class Exchange(torch.autograd.Function):
+def _to_heads(x: Tensor, group: dist.ProcessGroup, batch: int, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    cp, rest = group.size(), x.shape[-2:]
+    every = _all_to_all(x.permute(2, 0, 1, 3, 4), group).view(2 * cp, -1, batch, *rest).permute(2, 0, 1, 3, 4)
+    place = _zigzag(cp, x.device)[0]
+    # each its own memory: views of one would be copied by kernels that take no views
+    return tuple(part.index_select(1, place).flatten(0, 2) for part in every.split(sizes, 3))
+
+
+def _to_sequence(parts: tuple[Tensor, ...], group: dist.ProcessGroup, batch: int) -> Tensor:
+    cp, x = group.size(), torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    rest = x.shape[-2:]
+    x = x.reshape(batch, 2 * cp, -1, *rest).permute(1, 2, 0, 3, 4).index_select(0, _zigzag(cp, x.device)[1])
+    return _all_to_all(x, group).view(cp, -1, batch, *rest).permute(1, 2, 0, 3, 4)
+
+
+class ToHeads(torch.autograd.Function):
+    """[S/cp, b, cp, h, d], cut along the sequence -> [b*S, n, d] for each n of sizes, this rank's part of the heads."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, batch: int, to_heads: bool) -> Tensor:
-        ctx.back = group, batch, not to_heads
-        return _exchange(x, group, batch, to_heads)
+    def forward(
+        ctx: Any, x: Tensor, group: dist.ProcessGroup, batch: int, sizes: tuple[int, ...]
+    ) -> tuple[Tensor, ...]:
+        ctx.back = group, batch
+        return _to_heads(x, group, batch, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _to_sequence(grads, *ctx.back), None, None, None
+
+
+class ToSequence(torch.autograd.Function):
+    """[b*S, h, d], this rank's part of the heads -> [S/cp, b, cp, h, d], cut along the sequence."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, batch: int) -> Tensor:
+        ctx.back = group, batch, (x.size(1),)
+        return _to_sequence((x,), group, batch)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange(grad, *ctx.back), None, None, None
+        return *_to_heads(grad, *ctx.back), None, None
 
 
 def _gather(k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """k and v [S/cp, b, kv_heads, d] of every rank -> [2, b*S, kv_heads, d] in sequence order."""
+    """k and v [S/cp, b, kv_heads, d] of every rank -> [b*S, 2, kv_heads, d] in sequence order."""
     cp = group.size()
-    mine = torch.stack([t.unflatten(0, (2, -1)) for t in (k, v)], 1).contiguous()
+    mine = torch.stack((k, v), 2).contiguous().unflatten(0, (2, -1))
     every = mine.new_empty(2 * cp, *mine.shape[1:])
     dist.all_gather_into_tensor(every, mine, group=group)
-    return every.permute(1, 3, 0, 2, 4, 5).index_select(2, _zigzag(cp, k.device)[0]).flatten(1, 3)
+    return every.transpose(1, 2).transpose(0, 1).index_select(1, _zigzag(cp, k.device)[0]).flatten(0, 2)
 
 
 class GatherSpans(torch.autograd.Function):
-    """k and v [S/cp, b, kv_heads, d] -> key, value, key, value, ... of slices of the flattened batch."""
+    """k and v [S/cp, b, kv_heads, d] -> [tokens, 2, kv_heads, d], key and value, for each span of the flattened batch."""
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, local: LocalKV, spans: Any) -> tuple[Tensor, ...]:
         group = local.group
         ctx.group, ctx.local, ctx.spans, ctx.shape = group, local, spans, k.shape
         every = _gather(k, v, group)
-        return tuple(t[span] for span in spans for t in every)
+        return tuple(every[span] for span in spans)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         group, cp, (s, b, *rest) = ctx.group, ctx.group.size(), ctx.shape
         ctx.local.end_backward()
-        total = grads[0].new_zeros(2, b * s * cp, *rest)
-        for i, grad in enumerate(grads):
-            total[i % 2, ctx.spans[i // 2]] += grad
-        total = total.view(2, b, 2 * cp, s // 2, *rest).permute(2, 0, 3, 1, 4, 5)
+        total = grads[0].new_zeros(b * s * cp, 2, *rest)
+        for span, grad in zip(ctx.spans, grads, strict=True):
+            total[span] += grad
+        total = total.view(b, 2 * cp, s // 2, 2, *rest).permute(1, 2, 0, 3, 4, 5)
         total = total.index_select(0, _zigzag(cp, total.device)[1]).contiguous()
         if dist.get_backend(group) == "nccl":
             mine = total.new_empty(2, *total.shape[1:])
@@ -83,7 +106,8 @@ class GatherSpans(torch.autograd.Function):
         else:  # gloo lacks reduce_scatter for some dtypes
             dist.all_reduce(total, group=group)
             mine = total[2 * group.rank() :][:2]
-        return mine[:, 0].reshape(ctx.shape), mine[:, 1].reshape(ctx.shape), None, None
+        grad_k, grad_v = (t.contiguous() for t in mine.flatten(0, 1).unbind(2))
+        return grad_k, grad_v, None, None
 
 
 class LocalKV:

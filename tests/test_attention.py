@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import sys
 import types
@@ -381,8 +382,9 @@ def test_sdpa_aligns_at_the_lower_right(lengths):
     gen = torch.Generator().manual_seed(0)
     q = torch.randn(9, 4, D, dtype=torch.float64, generator=gen)
     k, v = (torch.randn(sum(lengths[1]), 2, D, dtype=torch.float64, generator=gen) for _ in range(2))
-    ours = torch.cat(attention._sdpa(q, k, v, *lengths, 0.5))
-    assert (ours - lower_right(q, k, v, *lengths, 0.5)).abs().max() < 1e-12
+    for key, value in ((k, v), (torch.stack((k, v), 1), None)):
+        ours = torch.cat(attention._sdpa(q, key, value, *lengths, 0.5))
+        assert (ours - lower_right(q, k, v, *lengths, 0.5)).abs().max() < 1e-12
 
 
 def widths(cu):
@@ -390,55 +392,132 @@ def widths(cu):
     return tuple(cu.diff().tolist())
 
 
+class TEStandIn:
+    """Transformer Engine's names (2.x) and its contract for thd: K and V start at 0, if they are not declared as interleaved."""
+
+    built: list[tuple] = []
+
+    def __init__(self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0,
+                 qkv_format="sbhd", attn_mask_type="causal", tp_size=1, softmax_scale=None):  # fmt: skip
+        self.built.append((num_attention_heads, kv_channels, num_gqa_groups, attention_dropout, tp_size))
+        self.scale = softmax_scale
+
+    def __call__(self, *args, **given):
+        return self.forward(*args, **given)
+
+    def forward(self, query_layer, key_layer, value_layer, attention_mask=None, qkv_format=None, cu_seqlens_q=None,
+                cu_seqlens_kv=None, max_seqlen_q=None, max_seqlen_kv=None, attn_mask_type=None):  # fmt: skip
+        for t in (key_layer, value_layer):
+            assert t.storage_offset() == 0 and t.is_contiguous(), "qkv memory layout is not supported"
+        nq, nk = widths(cu_seqlens_q), widths(cu_seqlens_kv)
+        assert (qkv_format, max_seqlen_q, max_seqlen_kv) == ("thd", max(nq), max(nk))
+        assert attn_mask_type == ("padding_causal" if nq == nk else "padding_causal_bottom_right")
+        return lower_right(query_layer, key_layer, value_layer, nq, nk, self.scale).flatten(1)
+
+
+class TEStandIn220(TEStandIn):
+    """With the argument of 2.20 that declares K and V interleaved."""
+
+    def forward(self, query_layer=None, key_layer=None, value_layer=None, *, kv_layer=None, **given):
+        if kv_layer is not None:
+            assert key_layer is None and value_layer is None and kv_layer.shape[-3] == 2 and kv_layer.stride(-1) == 1
+            assert kv_layer._is_view(), "declared, so not copied"
+            key_layer, value_layer = (t.clone() for t in kv_layer.unbind(-3))
+        return super().forward(query_layer, key_layer, value_layer, **given)
+
+
+@pytest.fixture
+def caches():
+    for cache in (attention._te_module, attention._fastest_on_cuda):
+        cache.cache_clear()
+    yield
+    for cache in (attention._te_module, attention._fastest_on_cuda):
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("te", [TEStandIn, TEStandIn220])
 @pytest.mark.parametrize("lengths", [((4, 1, 4), (4, 1, 4)), RECTANGULAR])
-def test_transformer_engine_arguments(monkeypatch, lengths):
-    """A stand-in with Transformer Engine's own names (2.x: DotProductAttention) and its contract for thd."""
-    built = []
-
-    class Stub:
-        def __init__(self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0,
-                     qkv_format="sbhd", attn_mask_type="causal", tp_size=1, softmax_scale=None):  # fmt: skip
-            built.append((num_attention_heads, kv_channels, num_gqa_groups, attention_dropout, tp_size))
-            self.scale = softmax_scale
-
-        def __call__(self, query_layer, key_layer, value_layer, attention_mask=None, qkv_format=None,
-                     cu_seqlens_q=None, cu_seqlens_kv=None, max_seqlen_q=None, max_seqlen_kv=None,
-                     attn_mask_type=None):  # fmt: skip
-            nq, nk = widths(cu_seqlens_q), widths(cu_seqlens_kv)
-            assert (qkv_format, max_seqlen_q, max_seqlen_kv) == ("thd", max(nq), max(nk))
-            assert attn_mask_type == ("padding_causal" if nq == nk else "padding_causal_bottom_right")
-            return lower_right(query_layer, key_layer, value_layer, nq, nk, self.scale).flatten(1)
-
+def test_transformer_engine_arguments(monkeypatch, caches, lengths, te):
     package, pytorch = types.ModuleType("transformer_engine"), types.ModuleType("transformer_engine.pytorch")
-    package.pytorch, pytorch.DotProductAttention = pytorch, Stub
+    package.pytorch, pytorch.DotProductAttention = pytorch, te
     monkeypatch.setitem(sys.modules, "transformer_engine", package)
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)
-    attention._te_module.cache_clear()
-    attention._fastest_on_cuda.cache_clear()
+    monkeypatch.setattr(TEStandIn, "built", [])
     assert attention._fastest_on_cuda() == "te"
     q, k = torch.randn(9, 4, D), torch.randn(sum(lengths[1]), 2, D)
+    expected = lower_right(q, k, k + 1, *lengths, 0.5)
     for _ in range(2):
         (out,) = attention._te(q, k, k + 1, *lengths, 0.5)
-        assert torch.equal(out, lower_right(q, k, k + 1, *lengths, 0.5))
-    assert built == [(4, D, 2, 0.0, 1)]
-    attention._te_module.cache_clear()
-    attention._fastest_on_cuda.cache_clear()
+        assert torch.equal(out, expected)
+    gathered = torch.stack([torch.cat([torch.randn(3, 2, D), t]) for t in (k, k + 1)], 1)
+    (out,) = attention._te(q, gathered[3:], None, *lengths, 0.5)
+    assert torch.equal(out, expected)
+    assert te.built == [(4, D, 2, 0.0, 1)]
 
 
+# torch's varlen_attn, recorded by inspect.signature; 2.10's lacks window_size and scale.
+
+
+def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    raise AssertionError("not to be called")
+
+
+def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+                window_size=(-1, -1)):  # fmt: skip
+    return varlen_stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux, scale, window_size)
+
+
+def varlen_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+                window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):  # fmt: skip
+    assert enable_gqa == (query.size(1) != key.size(1)) and seqused_k is block_table is num_splits is None
+    return varlen_stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux, scale, window_size)
+
+
+def varlen_stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux, scale, window_size):
+    nq, nk = widths(cu_seq_q), widths(cu_seq_k)
+    assert (max_q, max_k, window_size, return_aux) == (max(nq), max(nk), (-1, 0), None)
+    assert (cu_seq_q is cu_seq_k) == (nq == nk), "torch takes its cuDNN kernel for one tensor only"
+    return lower_right(query, key, value, nq, nk, scale)
+
+
+def install_varlen(monkeypatch, function):
+    module = types.ModuleType("torch.nn.attention.varlen")
+    module.varlen_attn = function
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+
+
+@pytest.mark.parametrize("varlen", [varlen_2_11, varlen_2_13])
+@pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("lengths", [((4, 1, 4), (4, 1, 4)), RECTANGULAR])
-def test_varlen_arguments(monkeypatch, lengths):
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
+def test_varlen_arguments(monkeypatch, lengths, kv_heads, varlen):
+    install_varlen(monkeypatch, varlen)
+    q, k = torch.randn(9, 4, D), torch.randn(sum(lengths[1]), kv_heads, D)
+    expected = lower_right(q, k, k + 1, *lengths, 0.5)
+    for key, value in ((k, k + 1), (torch.stack((k, k + 1), 1), None)):
+        (out,) = attention._varlen(q, key, value, *lengths, 0.5)
+        assert torch.equal(out, expected)
 
-    def stub(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
-        nq, nk = widths(cu_seq_q), widths(cu_seq_k)
-        assert (max_q, max_k, window_size, enable_gqa) == (max(nq), max(nk), (-1, 0), True)
-        assert (cu_seq_q is cu_seq_k) == (nq == nk), "torch takes its cuDNN kernel for one tensor only"
-        return lower_right(query, key, value, nq, nk, scale)
 
-    monkeypatch.setattr(varlen, "varlen_attn", stub)
-    q, k = torch.randn(9, 4, D), torch.randn(sum(lengths[1]), 2, D)
-    (out,) = attention._varlen(q, k, k + 1, *lengths, 0.5)
-    assert torch.equal(out, lower_right(q, k, k + 1, *lengths, 0.5))
+@pytest.mark.parametrize(
+    "varlen, kernel", [(None, "sdpa"), (varlen_2_10, "sdpa"), (varlen_2_11, "varlen"), (varlen_2_13, "varlen")]
+)
+def test_fastest_without_transformer_engine(monkeypatch, caches, varlen, kernel):
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
+    install_varlen(monkeypatch, varlen)
+    if varlen is None:
+        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    assert attention._fastest_on_cuda() == kernel
+
+
+def test_recorded_signatures():
+    """The stand-in of the torch that is here has its arguments."""
+    recorded = {"2.11": varlen_2_11, "2.13": varlen_2_13}.get(".".join(torch.__version__.split(".")[:2]))
+    if recorded is None:
+        pytest.skip(f"torch {torch.__version__}: signatures of 2.11 and 2.13 are recorded")
+    from torch.nn.attention.varlen import varlen_attn
+
+    found, ours = (inspect.signature(f).parameters.values() for f in (varlen_attn, recorded))
+    assert [(p.name, p.kind, p.default) for p in found] == [(p.name, p.kind, p.default) for p in ours]
 
 
 # Why the stock path is not taken: the claim of the module docstring and of docs/

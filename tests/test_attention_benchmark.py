@@ -67,6 +67,7 @@ def test_model_is_what_a_rank_exchanges_and_calls(monkeypatch, sent, mode, cp, k
     expected = kernel_calls(layer, cuts, mode, cp, rank)
     assert [(c.queries, c.keys) for c in expected] == [call[3:5] for call in calls]
     for call, (q_, k_, v_, *_) in zip(expected, calls, strict=True):
+        k_, v_ = k_.unbind(1) if call.interleaved else (k_, v_)
         assert q_.shape == torch.empty(2 * S, 8, D)[call.rows, call.heads].shape
         assert k_.shape == v_.shape == torch.empty(2 * S, kv_heads, D)[call.columns, call.kv_heads].shape
     out.sum().backward()

@@ -140,7 +140,7 @@ def gather_with_a_kernel_that_saves_copies(cp: int) -> None:
 
     rank, sdpa = GROUPS[cp].rank(), attention._KERNELS["sdpa"]
     if rank == 0:
-        attention._KERNELS["sdpa"] = lambda q, k, v, nq, nk, scale: sdpa(q, k * 1, v * 1, nq, nk, scale)
+        attention._KERNELS["sdpa"] = lambda q, kv, v, nq, nk, scale: sdpa(q, kv * 1, v, nq, nk, scale)
     try:
         q, k, v, w = tensors(4, 2, 2)
         whole = document_boundaries(packing(2, 2), S, 2)

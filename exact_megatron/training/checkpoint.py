@@ -110,13 +110,15 @@ def save(
 
 
 def load(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]:
-    """Load weights, optimizer and schedule; returns the `state` that was saved."""
-    sharded = _model_state(model)
+    """Load weights, optimizer and schedule; returns the `state` that was saved.
+
+    With or without Transformer Engine, as `load_weights`.
+    """
+    sharded = _stored_state(path, model)
     names = list(sharded)
     sharded["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=True, metadata=dict(_SHARDING))
     loaded = dist_checkpointing.load(sharded, str(path))
-    for name, chunk in zip(names, model):
-        chunk.module.load_state_dict(loaded[name])
+    _set_weights(path, model, [loaded[name] for name in names])
     optimizer.load_state_dict(loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
     return loaded["state"]
@@ -133,6 +135,22 @@ def stored_entries(path: Path) -> dict[str, Any]:
     return FileSystemReader(path).read_metadata().state_dict_metadata
 
 
+def _stored_state(path: Path, model: list[Any]) -> dict[str, Any]:
+    """`_model_state` without the extra states of Transformer Engine that were not saved."""
+    stored = stored_entries(path)
+    return {
+        name: {k: v for k, v in state.items() if not isinstance(v, ShardedObject) or v.unique_key in stored}
+        for name, state in _model_state(model).items()
+    }
+
+
+def _set_weights(path: Path, model: list[Any], states: list[dict[str, Any]]) -> None:
+    for chunk, state in zip(model, states, strict=True):
+        missing, unknown = chunk.module.load_state_dict(state, strict=False)
+        if weights := [key for key in (*missing, *unknown) if "_extra_state" not in key]:
+            raise KeyError(f"{path} and the model do not have the same weights: {', '.join(weights[:4])}")
+
+
 def load_weights(path: Path, model: list[Any]) -> None:
     """Load the weights of a model with these layers, saved from any layout, with or without Transformer Engine, or converted.
 
@@ -142,18 +160,12 @@ def load_weights(path: Path, model: list[Any]) -> None:
     Raises:
         KeyError: the checkpoint lacks a weight.
     """
-    stored = stored_entries(path)
-    sharded = {
-        name: {k: v for k, v in state.items() if not isinstance(v, ShardedObject) or v.unique_key in stored}
-        for name, state in _model_state(model).items()
-    }
+    sharded = _stored_state(path, model)
     names = list(sharded)
     loaded = dist_checkpointing.load(sharded, str(path))
-    rows = stored[_VOCABULARY[0]].size[0]
-    for name, chunk in zip(names, model):
-        missing, unknown = chunk.module.load_state_dict(loaded[name], strict=False)
-        if weights := [key for key in (*missing, *unknown) if "_extra_state" not in key]:
-            raise KeyError(f"{path} and the model do not have the same weights: {', '.join(weights[:4])}")
+    _set_weights(path, model, [loaded[name] for name in names])
+    rows = stored_entries(path)[_VOCABULARY[0]].size[0]
+    for chunk in model:
         for key, parameter in chunk.module.named_parameters():
             if key in _VOCABULARY:
                 first = parallel_state.get_tensor_model_parallel_rank() * parameter.shape[0]
