@@ -12,6 +12,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from ..config import unknown_key
+from .fp8 import misaligned
 from .schema import ModelConfig, OptimConfig, RopeScalingConfig, RunConfig  # noqa: F401, other modules take them from here
 
 ConfigPath = Union[str, Path, Sequence[Union[str, Path]], None]  # noqa: UP007, read by Python 3.10 too
@@ -103,6 +104,7 @@ def check(config: RunConfig) -> None:
     one_of("model.activation", m.activation, ("fast-swiglu", "gelu"))
     one_of("model.rope_scaling.rope_type", m.rope_scaling.rope_type, ("default", "llama3"))
     one_of("model.fp8_recipe", m.fp8_recipe, ("delayed", "tensorwise", "blockwise"))
+    one_of("model.cross_entropy_fusion_impl", m.cross_entropy_fusion_impl, ("native", "te"))
     one_of(
         "model.optim.name", m.optim.name, ("mcore_distributed_optim", "distributed_fused_adam", "adam", "fused_adam")
     )
@@ -195,6 +197,22 @@ def check(config: RunConfig) -> None:
         refuse(
             f"model.loss_chunk_tokens={m.loss_chunk_tokens} must be 0 or a number of positions, and needs model.sequence_parallel=false"
         )
+    if m.cross_entropy_fusion_impl == "te" and not m.cross_entropy_loss_fusion:
+        refuse(
+            "model.cross_entropy_fusion_impl=te needs model.cross_entropy_loss_fusion=true, which turns the fusion on"
+        )
+    if m.cross_entropy_fusion_impl == "te" and m.loss_chunk_tokens:
+        refuse(
+            f"model.cross_entropy_fusion_impl=te takes all logits at once, model.loss_chunk_tokens={m.loss_chunk_tokens} some of them: "
+            "choose one (chunks work with the native fusion)"
+        )
+    if m.deterministic_mode and m.cross_entropy_loss_fusion:
+        refuse(
+            "model.deterministic_mode=true with model.cross_entropy_loss_fusion=true: Megatron-LM allows no fused cross entropy in "
+            "deterministic mode, set model.cross_entropy_loss_fusion=false"
+        )
+    if m.fp8 and (found := misaligned(config)):
+        refuse("model.fp8=true with sizes that FP8 products do not take:\n  " + "\n  ".join(found))
     if m.attention_dropout:
         refuse(f"model.attention_dropout={m.attention_dropout}: the attention over documents has none, set it to 0.0")
     if m.mtp_num_layers:

@@ -139,9 +139,13 @@ class ModelConfig:
     fp8_amax_history_len: int = 1024
     fp8_amax_compute_algo: str = "max"
     transformer_engine: Optional[bool] = None  # None: on a GPU, where it is installed
-    deterministic_mode: bool = False
+    gradient_accumulation_fusion: Optional[bool] = None  # None: on a GPU, where there are kernels for it
+    deterministic_mode: bool = False  # on a GPU it needs environment variables, and names them
     apply_rope_fusion: bool = False  # Transformer Engine's kernel
-    cross_entropy_loss_fusion: bool = False  # megatron.core's own, compiled by torch
+    cross_entropy_loss_fusion: bool = False
+    cross_entropy_fusion_impl: str = (
+        "native"  # native: megatron.core's, compiled by torch | te: Transformer Engine's, 2.11 and later
+    )
     loss_chunk_tokens: int = 0  # positions whose logits exist at once, for long windows; 0: all
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
