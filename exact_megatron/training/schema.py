@@ -143,9 +143,7 @@ class ModelConfig:
     deterministic_mode: bool = False  # on a GPU it needs environment variables, and names them
     apply_rope_fusion: bool = False  # Transformer Engine's kernel
     cross_entropy_loss_fusion: bool = False
-    cross_entropy_fusion_impl: str = (
-        "native"  # native: megatron.core's, compiled by torch | te: Transformer Engine's, 2.11 and later
-    )
+    cross_entropy_fusion_impl: str = "native"  # native: compiled by torch | te: Transformer Engine's, from 2.11 on
     loss_chunk_tokens: int = 0  # positions whose logits exist at once, for long windows; 0: all
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
