@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -198,11 +199,34 @@ def kernel_table(step: Callable[[], Any], device: Any, steps: int = 2) -> dict[s
     return {"steps": steps, "wall s": wall / steps, "device s": busy / steps, "groups": ordered, "kernels": kernels}
 
 
-def loss_end(trainer: Any) -> dict[str, float]:
-    """Logits and cross entropy of one micro-batch alone, forward and backward.
+def _liger(hidden: Any, weight: Any, labels: Any) -> Any:
+    """Liger-Kernel (from 0.8.2 on: `token_grad_output`)."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    losses, *_ = LigerFusedLinearCrossEntropyFunction.apply(
+        hidden.transpose(0, 1).flatten(0, 1), weight, labels.flatten(), None, None, -100, 0.0, 0.0, "none"
+    )
+    return losses.view(labels.shape)
+
+
+def _cut(hidden: Any, weight: Any, labels: Any) -> Any:
+    """Apple's cut-cross-entropy; filter_eps None leaves no small gradient out (what its later releases call cce_exact)."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden.transpose(0, 1), weight, labels, reduction="none", filter_eps=None)
+
+
+# Linear layer and cross entropy in one, of the whole vocabulary: hidden [s, b, h], weight [V, h], labels [b, s] -> losses [b, s].
+FUSED_LOSS_ENDS = {"liger": ("liger_kernel", _liger), "cut-cross-entropy": ("cut_cross_entropy", _cut)}
+
+
+def loss_end(trainer: Any) -> dict[str, Any]:
+    """Logits and cross entropy of one micro-batch alone, forward and backward under a weight a target.
 
     Returns:
-        {"s", "GiB": peak above what was allocated before (0 on a CPU)}
+        {"s", "GiB": peak above what was allocated before (0 on a CPU), "others": {name: {"s", "GiB", "error"}}}; others are the
+        installed kernels of FUSED_LOSS_ENDS without tensor parallelism, which no run uses, and error is ||a - b|| / ||b|| of the
+        hidden states' and the weight's gradients against the run's own.
     """
     import torch
 
@@ -216,17 +240,33 @@ def loss_end(trainer: Any) -> dict[str, float]:
     labels = torch.randint(0, m.override_vocab_size, shape[1::-1], device=trainer.device)
     tied = m.share_embeddings_and_output_weights
     weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+    target_weights = torch.rand(labels.shape, device=trainer.device) + 0.5
 
-    def call() -> None:
+    def own(hidden: Any, weight: Any, labels: Any) -> Any:
         logits, _ = model.output_layer(hidden, weight=weight)
-        losses = model.compute_language_model_loss(labels, logits)
-        torch.autograd.grad(losses.float().sum(), [hidden, weight])
+        return model.compute_language_model_loss(labels, logits)
 
-    before = 0
-    if cuda:
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    seconds = _seconds(call, cuda, 5)
-    peak = torch.cuda.max_memory_allocated() - before if cuda else 0
-    return {"s": seconds, "GiB": peak / 2**30}
+    def gradients(losses_of: Callable[..., Any]) -> tuple[Any, ...]:
+        losses = losses_of(hidden, weight, labels)
+        return torch.autograd.grad((losses.float() * target_weights).sum(), [hidden, weight])
+
+    def measured(losses_of: Callable[..., Any]) -> dict[str, float]:
+        before = 0
+        if cuda:
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        seconds = _seconds(lambda: gradients(losses_of), cuda, 5)
+        peak = torch.cuda.max_memory_allocated() - before if cuda else 0
+        return {"s": seconds, "GiB": peak / 2**30}
+
+    found: dict[str, Any] = {**measured(own), "others": {}}
+    if m.tensor_model_parallel_size > 1:
+        return found
+    for name, (package, losses_of) in FUSED_LOSS_ENDS.items():
+        if importlib.util.find_spec(package) is None:
+            continue
+        pairs = zip(gradients(losses_of), gradients(own))
+        error = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
+        found["others"][name] = {**measured(losses_of), "error": error}
+    return found

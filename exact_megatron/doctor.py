@@ -68,7 +68,10 @@ def versions() -> dict[str, str]:
     found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version())) if gpu else "none"
     found["GPU"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if gpu else "none: runs on the CPU"
     found |= _packages()
-    found["FP8"] = fp8_recipes(torch.cuda.get_device_capability() if gpu else None, found["transformer-engine"])
+    te = found["transformer-engine"]
+    if te[:1].isdigit() and not gpu:
+        found["transformer-engine"] = f"{te}, without a GPU not used: exact-megatron train takes torch's Adam and norms"
+    found["FP8"] = fp8_recipes(torch.cuda.get_device_capability() if gpu else None, te)
     return found
 
 
@@ -221,11 +224,14 @@ def native_run(config: list[str] | None, overrides: list[str], build: bool = Fal
         return blend[0] if blend else []
 
     def on_this_machine() -> None:
-        from .training.model import transformer_config, uses_transformer_engine
+        from . import determinism
+        from .training.model import fuses_gradient_accumulation, transformer_config, uses_transformer_engine
         from .training.trainer import runs_on_cpu
 
-        runs_on_cpu(run)
+        if not runs_on_cpu(run):
+            determinism.check(run)
         uses_transformer_engine(run)
+        fuses_gradient_accumulation(run)
         transformer_config(run)
 
     plan = _plan(run)

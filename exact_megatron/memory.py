@@ -9,7 +9,7 @@ What is counted, in bytes, with e = 2 for trainer.precision=bf16 and 4 for 32:
 * activations: the tensors that backward needs, layer by layer, after Korthikanti et al. (arXiv 2205.05198, section 4),
   counted again for SwiGLU, grouped queries, RoPE and flash attention; `layer_activations` has the terms. Layers in flight
   are those of 1F1B and of the interleaved schedule (section 4.2.3 there).
-* logits: in bf16 and, for the loss, in fp32, on the last stage only.
+* logits: in bf16 and, for the loss, in fp32, on the last stage only; Transformer Engine's fused cross entropy keeps a copy in bf16.
 * working: what lives for one moment of the backward pass: the gradients inside one layer, and the largest weight's gradient
   before it is added to the fp32 sum.
 * overhead: assumptions, not formulas, see OVERHEAD and ALLOCATOR.
@@ -194,7 +194,8 @@ def stage_memory(run: RunConfig, vocab_size: int, stage: int) -> StageMemory:
     activations = chunks * chunk + again
 
     at_once = min(tokens, m.loss_chunk_tokens * m.micro_batch_size) if m.loss_chunk_tokens else tokens
-    logits = at_once * vocabulary // tp * (e + 4 if e == 2 else e) + 2 * hidden if last else 0
+    for_loss = e if m.cross_entropy_fusion_impl == "te" else 4 if e == 2 else 0
+    logits = at_once * vocabulary // tp * (e + for_loss) + 2 * hidden if last else 0
     gathered = tokens * m.hidden_size * e * (2 if m.sequence_parallel and tp > 1 else 1)
     gates = 2 if m.activation == "fast-swiglu" else 1
     working = gathered + tokens * max((gates + 1) * m.ffn_hidden_size, 3 * q + 2 * kv) // tp * e

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .allocation import WeightTable
+from .determinism import CUDNN, attention_workspace
 from .exposure import ExposureCensus
 from .memory import ALLOCATOR, GIB, OVERHEAD, PARTS, attention_widths, linear_parameters, memory, parameters
 from .packing import piece_histogram, read_index
@@ -155,8 +156,10 @@ def vocabulary_size(run: RunConfig) -> int:
 
 
 def notes(run: RunConfig) -> list[str]:
-    """What the checks allow and is slow all the same."""
-    m, gpus = run.model, run.trainer.devices
+    """What the checks allow and is slow, or takes memory beside the estimate, all the same."""
+    from .training.fp8 import slow
+
+    m, t, gpus = run.model, run.trainer, run.trainer.devices
     tp, cp, found = m.tensor_model_parallel_size, m.context_parallel_size, []
     if gpus % tp:
         found.append(
@@ -166,6 +169,13 @@ def notes(run: RunConfig) -> list[str]:
         found.append(f"context-parallel groups ({tp} x {cp} GPUs) cross nodes of {gpus}")
     if tp > 1 and not m.sequence_parallel:
         found.append("model.sequence_parallel=false keeps norms' activations whole on every tensor-parallel rank")
+    if m.fp8:
+        found += slow(run)
+    if m.deterministic_mode and t.precision == "bf16" and t.accelerator != "cpu":
+        found.append(
+            f"model.deterministic_mode=true: on Hopper cuDNN before {CUDNN // 10000}.{CUDNN // 100 % 100} takes another "
+            f"{attention_workspace(run) / GIB:,.1f} GiB for the backward of attention"
+        )
     if m.pipeline_model_parallel_size > run.num_microbatches:
         found.append(f"{run.num_microbatches} micro-batches leave some of the pipeline's stages idle all the time")
     return found

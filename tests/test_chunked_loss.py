@@ -6,6 +6,8 @@ import pytest
 from ranks import launch
 from tiny import config_file, write_data
 
+from exact_megatron.training.config import load_config
+
 STEPS = 3
 TIED = ["model.share_embeddings_and_output_weights=true"]
 VARIANTS = {
@@ -84,3 +86,68 @@ def test_logits_exist_a_chunk_at_a_time(monkeypatch):
     model.config.sequence_parallel = True
     with pytest.raises(ValueError, match="loss_chunk_tokens=12 needs model.sequence_parallel=false"):
         chunk_loss(model, 12)
+
+
+def test_other_loss_ends_are_measured_where_they_are_installed(monkeypatch):
+    """Stand-ins for the two packages: one that weights each target, and one that gives all the first one's gradient."""
+    import sys
+    import types
+
+    import torch
+
+    from exact_megatron.device_profile import loss_end
+
+    class First(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, losses):
+            return losses.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient.flatten()[0].expand_as(gradient)
+
+    def plain(e, c, targets):
+        logits = e.flatten(0, -2) @ c.T
+        return torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
+
+    def apply(e, c, target, bias, ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction):
+        assert (bias, ce_weight, ignore_index, lse_square_scale, label_smoothing) == (None, None, -100, 0.0, 0.0)
+        assert e.shape == (24, 8) and target.shape == (24,) and reduction == "none"
+        return plain(e, c, target), None, None, None
+
+    def linear_cross_entropy(e, c, targets, *, reduction, filter_eps):
+        assert (reduction, filter_eps, e.shape) == ("none", None, (2, 12, 8))
+        return First.apply(plain(e, c, targets))
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.output_layer = torch.nn.Linear(8, 50, bias=False)
+            self.output_layer.forward = lambda x, weight: (x @ weight.T, None)
+
+        def compute_language_model_loss(self, labels, logits):
+            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.t().flatten(), reduction="none")
+            return losses.view(logits.shape[:2]).t()
+
+    run = load_config(None, ["model.data.data_prefix=[none]", "model.data.seq_length=12", "model.micro_batch_size=2",
+                             "model.hidden_size=8", "model.override_vocab_size=50"])  # fmt: skip
+    model = [types.SimpleNamespace(module=Model())]
+    trainer = types.SimpleNamespace(run=run, model=model, device=torch.device("cpu"))
+    assert loss_end(trainer)["others"] == {}
+    modules = {
+        "liger_kernel.ops.fused_linear_cross_entropy": {
+            "LigerFusedLinearCrossEntropyFunction": types.SimpleNamespace(apply=apply)
+        },
+        "cut_cross_entropy": {"linear_cross_entropy": linear_cross_entropy},
+    }
+    for name, values in modules.items():
+        for part in (name.split(".")[0], name):
+            module = types.ModuleType(part)
+            module.__spec__ = types.SimpleNamespace(name=part)
+            vars(module).update(values)
+            monkeypatch.setitem(sys.modules, part, module)
+    found = loss_end(trainer)["others"]
+    assert found["liger"]["error"] < 1e-5 and found["cut-cross-entropy"]["error"] > 0.1
+    assert all(values["s"] > 0 and values["GiB"] == 0 for values in found.values())
+    run.model.tensor_model_parallel_size = 2
+    assert loss_end(trainer)["others"] == {}

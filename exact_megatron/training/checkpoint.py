@@ -212,7 +212,7 @@ def refuse_other_model(state: dict[str, Any], run: RunConfig, vocab_size: int) -
 _FREE = re.compile(
     r"trainer\.|exp_manager\.|restore_from_path|model\.(optim|exact|qk_timing)\.|model\.data\.(num_workers|index_mapping_dir)|model\."
     r"(micro_batch_size|tensor_|pipeline_|virtual_|context_|sequence_parallel|overlap_p2p|batch_p2p|cp_comm|activations_|fp8"
-    r"|transformer_engine|deterministic|calculate_per|loss_chunk|apply_rope_fusion|cross_entropy_loss_fusion)"
+    r"|transformer_engine|deterministic|calculate_per|loss_chunk|apply_rope_fusion|cross_entropy_|gradient_accumulation_fusion)"
 )
 
 

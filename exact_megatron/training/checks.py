@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..ranges import range_of, settings
+from .fp8 import misaligned
 from .schema import RunConfig
 
 
@@ -14,7 +15,7 @@ def check(config: RunConfig) -> None:
     """
     for key, field, value in settings(config):
         range_of(field).accept(key, value)
-    for topic in (_ranks, _layers, _heads, _window, _loss, _recomputation, _optimizer, _data):
+    for topic in (_ranks, _layers, _heads, _window, _loss, _fp8, _recomputation, _optimizer, _data):
         topic(config)
 
 
@@ -134,6 +135,20 @@ def _loss(config: RunConfig) -> None:
         raise ValueError(
             f"model.loss_chunk_tokens={m.loss_chunk_tokens} needs model.sequence_parallel=false, or set it to 0"
         )
+    if m.cross_entropy_fusion_impl == "te" and not m.cross_entropy_loss_fusion:
+        raise ValueError(
+            "model.cross_entropy_fusion_impl=te needs model.cross_entropy_loss_fusion=true, which turns the fusion on"
+        )
+    if m.cross_entropy_fusion_impl == "te" and m.loss_chunk_tokens:
+        raise ValueError(
+            f"model.cross_entropy_fusion_impl=te takes all logits at once, model.loss_chunk_tokens={m.loss_chunk_tokens} some of them: "
+            "choose one (chunks work with the native fusion)"
+        )
+    if m.deterministic_mode and m.cross_entropy_loss_fusion:
+        raise ValueError(
+            "model.deterministic_mode=true with model.cross_entropy_loss_fusion=true: Megatron-LM allows no fused cross entropy in "
+            "deterministic mode, set model.cross_entropy_loss_fusion=false"
+        )
     if m.mtp_num_layers:
         raise ValueError(
             f"model.mtp_num_layers={m.mtp_num_layers}: multi-token prediction rolls loss_mask with the labels, so that the weights would "
@@ -151,6 +166,11 @@ def _loss(config: RunConfig) -> None:
             "model.calculate_per_token_loss=false with model.context_parallel_size > 1 and model.data.eod_mask_loss=true "
             "averages over context-parallel ranks that supervise different numbers of targets: use model.calculate_per_token_loss=true"
         )
+
+
+def _fp8(config: RunConfig) -> None:
+    if config.model.fp8 and (found := misaligned(config)):
+        raise ValueError("model.fp8=true with sizes that FP8 products do not take:\n  " + "\n  ".join(found))
 
 
 def _recomputation(config: RunConfig) -> None:

@@ -1,7 +1,8 @@
 """megatron-core on a CPU: what assumes an NVIDIA device is answered by the CPU.
 
 Installed once per process, and only where torch has no CUDA. Megatron-core 0.16 and 0.19 ask for the current CUDA device,
-streams, CUDA random states and `device="cuda"` tensors in places that a gloo run never needs a GPU for.
+streams, CUDA random states and `device="cuda"` tensors in places that a gloo run never needs a GPU for, and take Transformer
+Engine's or apex's CUDA kernels for the optimizer wherever these packages are installed.
 """
 
 from __future__ import annotations
@@ -38,8 +39,38 @@ def install() -> None:
     rng: Any = megatron_random
     rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    use_torch_optimizers()
     _installed = _CudaMeansCpu()
     _installed.__enter__()
+
+
+def use_torch_optimizers() -> None:
+    """Give megatron-core the Adam, gradient norm and clipping that it has where neither Transformer Engine nor apex is installed."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as base
+
+    chosen: dict[Any, dict[str, Any]] = {
+        optimizer: {"Adam": torch.optim.AdamW, "SGD": torch.optim.SGD, "USING_PYTORCH_OPTIMIZER": True},
+        distrib_optimizer: {
+            "Adam": torch.optim.Adam,
+            "HAVE_APEX_OR_TE": False,
+            "USING_TE_OPTIMIZER": False,
+            "USING_APEX_OPTIMIZER": False,
+        },
+        base: {
+            "multi_tensor_applier": utils.local_multi_tensor_applier,
+            "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
+        },
+        clip_grads: {
+            "multi_tensor_applier": utils.local_multi_tensor_applier,
+            "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
+            "multi_tensor_scale_tensor_impl": None,
+            "l2_norm_impl": utils.local_multi_tensor_l2_norm,
+        },
+    }
+    for module, names in chosen.items():
+        vars(module).update(names)
 
 
 def _is_cuda(device: Any) -> bool:

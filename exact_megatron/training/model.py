@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..attention import DocumentAttention, check_supported
+from ..supported import transformer_engine_version, unsupported_loss
 from .chunked_loss import chunk_loss
 from .schema import RunConfig
 from .torch_adam import restore_torch_adam_steps
@@ -60,6 +61,28 @@ def uses_transformer_engine(run: RunConfig) -> bool:
     return there if wanted is None else wanted
 
 
+def fuses_gradient_accumulation(run: RunConfig) -> bool:
+    """Whether linear layers add their weights' gradients to the fp32 sums themselves, without a gradient of their own in between.
+
+    Transformer Engine's linears can; megatron.core's own (the output layer, and all of them without Transformer Engine) need apex's kernel.
+
+    Raises:
+        ValueError: asked for where there is no kernel for it.
+    """
+    wanted = run.model.gradient_accumulation_fusion
+    there = torch.cuda.is_available() and (uses_transformer_engine(run) or _apex_fuses())
+    if wanted and not there:
+        raise ValueError(
+            "model.gradient_accumulation_fusion=true needs a GPU, and Transformer Engine's layers or apex's "
+            "fused_weight_gradient_mlp_cuda: install one, or leave it out"
+        )
+    return there if wanted is None else wanted
+
+
+def _apex_fuses() -> bool:
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
 def transformer_config(run: RunConfig) -> TransformerConfig:
     """megatron.core's configuration of the model and its parallel layout."""
     m = run.model
@@ -75,6 +98,10 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
             "fp8_amax_history_len": m.fp8_amax_history_len,
             "fp8_amax_compute_algo": m.fp8_amax_compute_algo,
         }
+    if m.cross_entropy_fusion_impl == "te" and not (gpu and transformer_engine_version()):
+        raise ValueError(
+            "model.cross_entropy_fusion_impl=te needs a GPU and the package transformer-engine: use native"
+        )
     config = TransformerConfig(
         num_layers=m.num_layers,
         hidden_size=m.hidden_size,
@@ -110,15 +137,19 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         deterministic_mode=m.deterministic_mode,
         # A checkpoint is the same for every layout only if every rank draws the whole tensor and takes its part.
         use_cpu_initialization=not gpu,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # see fuse_gradient_accumulation
         masked_softmax_fusion=False,
         persist_layer_norm=gpu,
-        bias_activation_fusion=gpu,
+        # The fused GELU is its tanh approximation, and needs a bias: a model must not become another one on a GPU.
+        bias_activation_fusion=gpu and swiglu,
         bias_dropout_fusion=gpu,
         apply_rope_fusion=m.apply_rope_fusion,
         cross_entropy_loss_fusion=m.cross_entropy_loss_fusion,
+        cross_entropy_fusion_impl=m.cross_entropy_fusion_impl,
         **fp8,
     )
+    if refused := unsupported_loss(config):
+        raise ValueError("\n".join(refused))
     if m.data.document_masking:
         check_supported(config, m.data.seq_length)
     return config
@@ -180,6 +211,23 @@ def build_chunks(run: RunConfig, vocab_size: int, device: torch.device) -> list[
     return chunks
 
 
+def fuse_gradient_accumulation(model: torch.nn.Module) -> list[str]:
+    """Let linear layers add to DDP's `main_grad`, see `fuses_gradient_accumulation`; returns their names.
+
+    After construction, since megatron.core's setting reaches its own linears too, which refuse it without apex. The layers read the flag
+    in every forward (transformer_engine 2.20.2: pytorch/module/linear.py, layernorm_linear.py; megatron.core 0.16 and 0.19:
+    tensor_parallel/layers.py) and set `grad_added_to_main_grad` in backward, upon which DDP adds nothing. A model without DDP has no
+    `main_grad`.
+    """
+    flags = ["fuse_wgrad_accumulation"] + ["gradient_accumulation_fusion"] * _apex_fuses()
+    fused = []
+    for name, module in model.named_modules():
+        for flag in [f for f in flags if hasattr(module, f)]:
+            setattr(module, flag, True)
+            fused.append(name)
+    return fused
+
+
 def build_model(run: RunConfig, vocab_size: int, device: torch.device) -> list[DistributedDataParallel]:
     """The model chunks of this rank in megatron.core's DDP."""
     m = run.model
@@ -187,6 +235,8 @@ def build_model(run: RunConfig, vocab_size: int, device: torch.device) -> list[D
     for model in chunks:
         if m.loss_chunk_tokens and model.post_process:
             chunk_loss(model, m.loss_chunk_tokens)
+        if fuses_gradient_accumulation(run):
+            fuse_gradient_accumulation(model)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=m.optim.overlap_grad_sync,

@@ -179,9 +179,13 @@ class ModelConfig:
     fp8_amax_history_len: int = whole(1024, least=1)
     fp8_amax_compute_algo: str = choice("max", ["max", "most_recent"])
     transformer_engine: Optional[bool] = switch(None)  # null: on a GPU, where it is installed
-    deterministic_mode: bool = switch(False)
+    gradient_accumulation_fusion: Optional[bool] = switch(None)  # null: on a GPU, where there are kernels for it
+    deterministic_mode: bool = switch(False)  # on a GPU it needs environment variables, and names them
     apply_rope_fusion: bool = switch(False)  # Transformer Engine's kernel
-    cross_entropy_loss_fusion: bool = switch(False)  # megatron.core's own, compiled by torch
+    cross_entropy_loss_fusion: bool = switch(False)
+    cross_entropy_fusion_impl: str = choice(
+        "native", ["native", "te"]
+    )  # compiled by torch, or Transformer Engine's (2.11 on)
     loss_chunk_tokens: int = whole(0, least=0)  # positions whose logits exist at once, for long windows; 0: all
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -20,6 +20,7 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from rich.console import Console
 
+from .. import determinism
 from ..allocation import WeightTable
 from ..config import ExactConfig, ExactError
 from ..dataset import members
@@ -61,6 +62,7 @@ def init_distributed(run: RunConfig) -> torch.device:
     device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if not on_cpu:
         torch.cuda.set_device(device)
+        determinism.require(run)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo" if on_cpu else "nccl", device_id=None if on_cpu else device)
     if torch.distributed.get_world_size() != run.world_size:

@@ -55,7 +55,7 @@ class _ReadAsContiguous(_FirstGradient):
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_transformer_engine(dtype, contiguous, record):
-    """The installed version; the launcher refuses cross_entropy_fusion_impl=te whatever comes out here."""
+    """The installed version; cross_entropy_fusion_impl=te is refused before 2.11 (supported.py: unsupported_loss)."""
     te = pytest.importorskip("transformer_engine")
     from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
 

@@ -55,6 +55,38 @@ def test_both_arms_are_finite_and_close(precision, arms, record):
     assert all(ends[name] < starts[name] - (0.2 if precision == "fp32" else 1.0) for name in arms), (starts, ends)
 
 
+def compared(folder, precision, arms, record):
+    """The two arms' lines of metrics; the first step's forward is the same, the rest may differ by what is recorded."""
+    one, other = train(folder, precision, STEPS.get(precision, 40), arms).values()
+    norm, losses = (max(abs(a[key] / b[key] - 1) for a, b in zip(one, other)) for key in ("grad_norm", "lm_loss"))
+    record(first_norm=one[0]["grad_norm"] / other[0]["grad_norm"] - 1, largest_norm=norm, largest_loss=losses)
+    return one, other
+
+
+def test_fused_gradient_accumulation_trains_the_same(precision, tmp_path, record):
+    """Unfused, the weights' gradients of each of the two micro-batches are rounded to bf16 on their way to the fp32 sum."""
+    arms = {"fused": [], "unfused": ["model.gradient_accumulation_fusion=false"]}
+    fused, unfused = compared(tmp_path, precision, arms, record)
+    assert fused[0]["lm_loss"] == unfused[0]["lm_loss"]
+    assert math.isclose(fused[0]["grad_norm"], unfused[0]["grad_norm"], rel_tol=2**-8)
+    assert all(math.isclose(a["lm_loss"], b["lm_loss"], rel_tol=0.01) for a, b in zip(fused, unfused))
+    if precision != "fp32":  # a CPU fuses nothing
+        assert fused[0]["grad_norm"] != unfused[0]["grad_norm"], "nothing was fused"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_transformer_engines_cross_entropy_trains_the_same(precision, tmp_path, record):
+    """With weights: its backward must scale each target's gradient by its own."""
+    on = ["model.exact.enabled=true", "model.exact.alpha=0.5"]
+    te = [*on, "model.cross_entropy_loss_fusion=true", "model.cross_entropy_fusion_impl=te"]
+    own, reference = compared(tmp_path, precision, {"te": te, "plain": on}, record)
+    assert math.isclose(own[0]["lm_loss"], reference[0]["lm_loss"], rel_tol=1e-4)
+    assert math.isclose(own[0]["exact_loss"], reference[0]["exact_loss"], rel_tol=1e-4)
+    assert math.isclose(own[0]["grad_norm"], reference[0]["grad_norm"], rel_tol=2**-8)
+    assert all(math.isclose(a["lm_loss"], b["lm_loss"], rel_tol=0.01) for a, b in zip(own, reference))
+
+
 DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
