@@ -1,18 +1,21 @@
-"""A byte-level BPE of one's own, or a given tokenizer.json, as `prepare` needs them."""
+"""A byte-level BPE of one's own, or a given tokenizer.json: training, special tokens, identity."""
 
 from __future__ import annotations
 
+import hashlib
 import heapq
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .corpus import File, cut_shards, read_documents, stable_hash
 
 EOD = "<|endoftext|>"
+RECORD = "exact_megatron.json"  # what `convert` notes in a Hugging Face folder
 LONG_WORD = re.compile(r"\S{200}(?=\S)")  # cut for training: the trainer is quadratic in a word's length
 
 
@@ -50,8 +53,8 @@ def train_bpe(
     def want(name: str) -> bool:
         return stable_hash("sample", seed, name) < limit and keep(name)
 
-    for shard in cut_shards(files, 1 << 20):
-        for name, text, _ in read_documents(shard, text_key, want):
+    for shard in cut_shards(files, 1 << 20, text_key):
+        for name, text, *_ in read_documents(shard, text_key, want):
             length = len(text.encode()) if text.strip() else 0
             heapq.heappush(sample, (-stable_hash("sample", seed, name), name, text, length))
             total += length
@@ -106,3 +109,98 @@ def find_eod(tokenizer: Any, file: Path, eod: str | None) -> tuple[str, int]:
     if (number := tokenizer.token_to_id(eod)) is None:
         raise ValueError(f"{file}: the end-of-document token {eod!r} is not in the vocabulary")
     return eod, number
+
+
+def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer's post-processor puts before a text (LLaMA 3's beginning of text) and after it.
+
+    transformers' ``tokenizer(text)``, and with it Megatron's preprocessing, keeps both.
+    """
+    for probe in itertools.chain(("a",), tokenizer.get_vocab()):
+        encoding = tokenizer.encode(probe, add_special_tokens=True)
+        if 0 in (mask := encoding.special_tokens_mask):
+            first, last = mask.index(0), len(mask) - mask[::-1].index(0)
+            return encoding.ids[:first], encoding.ids[last:]
+    return [], []
+
+
+def identity(tokenizer: Any) -> str:
+    """32 hex digits that change with the ids a text gets: vocabulary, merges, normalizer, pre-tokenizer.
+
+    Not with the chat template, padding, truncation or what a post-processor adds, nor with the version of tokenizers that
+    wrote the file: settings that are off or empty are as good as absent.
+    """
+
+    def set_only(value: Any) -> Any:
+        if isinstance(value, dict):
+            kept = ((key, set_only(child)) for key, child in value.items())
+            return {key: child for key, child in kept if not (child is None or child is False or child == "")}
+        return [set_only(child) for child in value] if isinstance(value, list) else value
+
+    spec = json.loads(tokenizer.to_str())
+    model = spec["model"]
+    if "merges" in model:  # "a b" before tokenizers 0.20, ["a", "b"] since
+        model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    vocabulary = model.pop("vocab", None)  # ids, of which 0 is no setting that is off
+    added = sorted((token["id"], token["content"]) for token in spec["added_tokens"])
+    facts = [set_only([model, spec["normalizer"], spec["pre_tokenizer"]]), vocabulary, added]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Identity(NamedTuple):
+    """A tokenizer's `identity` (None: unknown) and where that comes from, for messages."""
+
+    digest: str | None
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.digest or 'unknown'} ({self.source})"
+
+
+def data_identity(prefix: str) -> Identity:
+    """What PREFIX.json says of the tokenizer that made the data."""
+    facts = read_json(f"{prefix}.json")
+    facts = facts if isinstance(facts, dict) else {}
+    source = f"{prefix}.json" if facts else f"there is no {prefix}.json"
+    if name := facts.get("tokenizer"):
+        source += f", tokenizer {name}"
+    return Identity(facts.get("tokenizer_identity"), source)
+
+
+def folder_identity(folder: str | Path) -> Identity:
+    """The identity of the tokenizer.json in a model's folder, else the one that `convert` recorded there."""
+    file, record = Path(folder, "tokenizer.json"), Path(folder, RECORD)
+    if file.is_file():
+        try:
+            return Identity(identity(load_tokenizer(file)), str(file))
+        except ImportError:
+            return Identity(None, f"{file}, which the package tokenizers reads: pip install tokenizers")
+    if record.is_file():
+        return Identity(read_json(record).get("tokenizer_identity"), str(record))
+    return Identity(None, f"{folder} has no tokenizer.json")
+
+
+def refuse_other_tokenizer(known: Mapping[str, Identity], accept: str, accepted: bool) -> list[str]:
+    """Compare the tokenizers of a model and of data, or of the members of a blend.
+
+    Args:
+        known: by what has it, for example "the model" or a prefix.
+        accept: the setting that lets them differ.
+
+    Returns:
+        A line for each that is unknown, and for each difference that is ``accepted``.
+
+    Raises:
+        ValueError: two known ones differ, unless ``accepted``.
+    """
+    unknown = [
+        f"the tokenizer of {what} is unknown, and not compared: {i.source}" for what, i in known.items() if not i[0]
+    ]
+    first = next(((what, i) for what, i in known.items() if i.digest), None)
+    for what, other in known.items():
+        if first and other.digest and other.digest != first[1].digest:
+            problem = f"{first[0]} has the tokenizer {first[1]}, {what} has {other}: the same ids mean other text"
+            if not accepted:
+                raise ValueError(f"{problem}. Prepare the data with one tokenizer, or accept it with {accept}")
+            unknown.append(f"{problem}; accepted by {accept}")
+    return unknown
