@@ -157,50 +157,56 @@ class Identity(NamedTuple):
         return f"{self.digest or 'unknown'} ({self.source})"
 
 
+UNKNOWN = Identity(None, "nothing is recorded")
+
+
 def data_identity(prefix: str) -> Identity:
     """What PREFIX.json says of the tokenizer that made the data."""
     facts = read_json(f"{prefix}.json")
-    facts = facts if isinstance(facts, dict) else {}
-    source = f"{prefix}.json" if facts else f"there is no {prefix}.json"
-    if name := facts.get("tokenizer"):
-        source += f", tokenizer {name}"
-    return Identity(facts.get("tokenizer_identity"), source)
+    if not isinstance(facts, dict) or not facts:
+        return Identity(None, f"no {prefix}.json")
+    name = facts.get("tokenizer")
+    return Identity(facts.get("tokenizer_identity"), f"{prefix}.json{f', tokenizer {name}' if name else ''}")
 
 
 def folder_identity(folder: str | Path) -> Identity:
-    """The identity of the tokenizer.json in a model's folder, else the one that `convert` recorded there."""
-    file, record = Path(folder, "tokenizer.json"), Path(folder, RECORD)
-    if file.is_file():
-        try:
-            return Identity(identity(load_tokenizer(file)), str(file))
-        except ImportError:
-            return Identity(None, f"{file}, which the package tokenizers reads: pip install tokenizers")
-    if record.is_file():
-        return Identity(read_json(record).get("tokenizer_identity"), str(record))
-    return Identity(None, f"{folder} has no tokenizer.json")
+    """What `convert` recorded in a model's folder, else the identity of its tokenizer.json."""
+    record, file = Path(folder, RECORD), Path(folder, "tokenizer.json")
+    if found := read_json(record).get("tokenizer_identity"):
+        return Identity(found, str(record))
+    if not file.is_file():
+        return Identity(None, f"no {file}")
+    try:
+        return Identity(identity(load_tokenizer(file)), str(file))
+    except ImportError:
+        return Identity(None, f"{file}; to read it: pip install tokenizers")
+    except ValueError as error:
+        return Identity(None, str(error))
 
 
 def refuse_other_tokenizer(known: Mapping[str, Identity], accept: str, accepted: bool) -> list[str]:
     """Compare the tokenizers of a model and of data, or of the members of a blend.
 
     Args:
-        known: by what has it, for example "the model" or a prefix.
+        known: by what has it, for example a model's folder or a prefix.
         accept: the setting that lets them differ.
 
     Returns:
-        A line for each that is unknown, and for each difference that is ``accepted``.
+        Remarks for the user: what is unknown, and a difference that is ``accepted``.
 
     Raises:
         ValueError: two known ones differ, unless ``accepted``.
     """
-    unknown = [
-        f"the tokenizer of {what} is unknown, and not compared: {i.source}" for what, i in known.items() if not i[0]
-    ]
-    first = next(((what, i) for what, i in known.items() if i.digest), None)
-    for what, other in known.items():
-        if first and other.digest and other.digest != first[1].digest:
-            problem = f"{first[0]} has the tokenizer {first[1]}, {what} has {other}: the same ids mean other text"
+    unknown = [f"{what} ({found.source})" for what, found in known.items() if found.digest is None]
+    more = f", and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+    remarks = [f"tokenizer unknown, not compared: {'; '.join(unknown[:3])}{more}"] if unknown else []
+    recorded = [(what, found) for what, found in known.items() if found.digest is not None]
+    for what, found in recorded:
+        if found.digest != recorded[0][1].digest:
+            problem = f"{recorded[0][0]} has the tokenizer {recorded[0][1]}, {what} has {found}"
             if not accepted:
-                raise ValueError(f"{problem}. Prepare the data with one tokenizer, or accept it with {accept}")
-            unknown.append(f"{problem}; accepted by {accept}")
-    return unknown
+                raise ValueError(
+                    f"{problem}: the same ids stand for other text. Prepare the data with one tokenizer, or accept it with {accept}"
+                )
+            remarks.append(f"{problem}; accepted with {accept}")
+    return remarks

@@ -54,6 +54,9 @@ class DataConfig:
     eod_mask_loss: bool = False
     document_masking: bool = True  # a target sees its own document only
     eod_id: Optional[int] = None  # None: from PREFIX.json, as `exact-megatron prepare` writes it
+    accept_other_tokenizer: bool = (
+        False  # data of another tokenizer than the model's, or than other members of the blend
+    )
 
 
 @dataclass
