@@ -339,7 +339,7 @@ def _cut_records(file: File, shard_bytes: int, key: str) -> Iterator[Shard]:
             yield Shard(cost, (file,), bytes(buffer[:end]), record)
             record, cost = record + buffer.count(b"\n", 0, end), 0
             del buffer[:end]
-    if buffer:
+    if buffer or record == 1:  # a file without records is named, too
         yield Shard(cost, (file,), bytes(buffer), record)
 
 
@@ -440,6 +440,8 @@ def read_documents(
                 yield file.name, content, note, None
         return
     source = shard.files[0]
+    if shard.first_record == 1 and not shard.data.strip() and want(source.name):
+        yield source.name, "", "empty", LeftOut(source.path, "it holds no record")
     for number, line in enumerate(shard.data.split(b"\n"), shard.first_record):
         if not line.strip() or not want(name := f"{source.name}:{number}"):
             continue

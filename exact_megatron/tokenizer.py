@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from .corpus import File, cut_shards, read_documents, stable_hash
 
 EOD = "<|endoftext|>"
-RECORD = "exact_megatron.json"  # what `convert` notes in a Hugging Face folder
+RECORD = "tokenizer_identity.json"  # what `convert` notes in a Hugging Face folder
 LONG_WORD = re.compile(r"\S{200}(?=\S)")  # cut for training: the trainer is quadratic in a word's length
 
 
