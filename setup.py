@@ -8,7 +8,7 @@ version = re.search(r'__version__ = "(.+)"', (here / "exact_megatron" / "__init_
 
 extras = {
     # text to .bin/.idx
-    "prepare": ["tokenizers>=0.20", "zstandard", "rich"],
+    "prepare": ["tokenizers>=0.20", "zstandard", "pyarrow", "rich"],
     # tables and pictures
     "report": ["matplotlib>=3.7", "rich"],
     # the native runner; NVIDIA's apex and transformer-engine come from a container or from source, and are found when there.

@@ -1,39 +1,85 @@
-"""Reading text: files, folders and JSONL, cut into shards that are always the same for the same input."""
+"""Reading text: files, folders, JSON and Parquet, cut into shards that are always the same for the same input.
+
+A file's suffix says, in any case, how it is read: ``.jsonl``/``.ndjson`` line by line, ``.json`` by what it holds
+(lines, one array of objects, or objects one after the other), ``.parquet``/``.pq`` by rows; anything else is one
+document. ``.gz``, ``.xz``, ``.bz2`` and ``.zst`` after it are decompressed. UTF-8 and UTF-16 byte order marks are
+left out.
+"""
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import errno
 import fnmatch
 import functools
 import hashlib
+import importlib.util
+import itertools
 import json
+import lzma
+import math
 import os
 import re
+import stat
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 GLOBS = "*.txt *.md *.rst *.tex *.py *.pyi *.c *.h *.cc *.cpp *.hpp *.cu *.cuh *.java *.js *.ts *.go *.rs"
-JSONL = re.compile(r"\.(jsonl|ndjson)(\.gz|\.zst)?$|\.json\.(gz|zst)$")
+SUFFIX = re.compile(r"(?:\.(?P<inner>[a-z0-9]+))?(?:\.(?P<outer>gz|xz|bz2|zst))?$", re.I)
+RECORDS = {"jsonl": "lines", "ndjson": "lines", "json": "values", "parquet": "rows", "pq": "rows"}
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+# What lies beside the files of a published data set and is not of it.
+BESIDE_DATA = re.compile(
+    r"(readme|licen[cs]e|notice|copying|changelog|contributing|citation|dataset_?card)([._-].*)?$", re.I
+)
+BOMS = {  # UTF-32's first: its little-endian mark begins like UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+LONGEST_FIRST_OBJECT = 64 << 20  # characters of a .json in a folder that are read to see what it holds
+BETWEEN = re.compile(r"[ \t\r\n\ufeff]*"), re.compile(r"[ \t\r\n,]*")  # JSON values; the elements of an array
+ROWS = 64  # of a Parquet file that are in memory at once
+WHERE = {"lines": "{}:{}", "values": "{}: object {}", "rows": "{}: row {}"}
 
 
 class File(NamedTuple):
+    """``kind``: "text" is one document; "lines", "values" and "rows" hold a document each."""
+
     name: str
     path: str
     size: int
     mtime_ns: int
+    kind: str = "text"
+
+
+class LeftOut(NamedTuple):
+    """``documents`` of ``path``, of which ``first`` is the first ("" for the file itself), and why."""
+
+    path: str
+    reason: str
+    documents: int = 1
+    first: str = ""
 
 
 class Shard(NamedTuple):
-    """Text files, or ``data``: complete lines of the JSONL ``files[0]`` from line ``first_line`` on."""
+    """Text files, or ``data``: records of ``files[0]``, a JSON object a line, from record ``first_record`` on."""
 
-    number: int
     cost: int  # bytes of input on disk, for the progress display
     files: tuple[File, ...]
     data: bytes | None = None
-    first_line: int = 1
+    first_record: int = 1
+
+    def digest(self, *words: object) -> str:
+        """Changes with ``words``, with the files (name, path, size, time) or with the records and their place."""
+        files = [(file.name, os.path.abspath(file.path), file.size, file.mtime_ns) for file in self.files]
+        facts: list[Any] = files if self.data is None else [self.files[0].name, self.first_record]
+        found = hashlib.blake2b(json.dumps([words, facts]).encode(), digest_size=16)
+        found.update(self.data or b"")
+        return found.hexdigest()
 
 
 def stable_hash(*words: object) -> int:
@@ -42,86 +88,328 @@ def stable_hash(*words: object) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
-def list_files(inputs: Sequence[str], globs: Sequence[str]) -> list[File]:
+def list_files(
+    inputs: Sequence[str], globs: Sequence[str] | None = None, key: str = "text"
+) -> tuple[list[File], list[LeftOut]]:
     """Input files in the order given, folders sorted by relative path and without their hidden folders.
 
-    Raises FileNotFoundError for a missing input, ValueError for a folder in which no file matches.
+    Of a folder, files are taken whose name matches ``globs`` in any case. Without ``globs``: what matches GLOBS, also
+    compressed, and data files; a .json is one if its first object has ``key``. Beside data files, README and its
+    like are left out, and of a file and its compressed copy the copy.
+
+    Returns:
+        The files, and what a folder holds beside them, with its reason; what ``globs`` rule out is not named.
+
+    Raises:
+        OSError: an input that is missing or cannot be read.
+        ValueError: a folder in which no file matches; a package that a file needs is missing.
     """
     found: list[File] = []
+    left: list[LeftOut] = []
     for source in inputs:
         stdlib = source == "stdlib"
         root = Path(sysconfig.get_path("stdlib") if stdlib else source)
         if not root.exists():
-            raise FileNotFoundError(f"input {source!r} is neither a file, nor a folder, nor the word stdlib")
-        patterns, matching = ["*.py"] if stdlib else globs, [(root.name, root)] if root.is_file() else []
-        for folder, subfolders, names in os.walk(root):
-            subfolders[:] = [n for n in subfolders if n[0] != "." and not (stdlib and n in NOT_STDLIB)]
-            for path in (Path(folder, name) for name in names):
-                relative = path.relative_to(root).as_posix()
-                if any(fnmatch.fnmatchcase(relative if "/" in p else path.name, p) for p in patterns):
-                    matching.append((f"{'stdlib' if stdlib else root.resolve().name}/{relative}", path))
-        if not matching:
-            raise ValueError(f"no file in folder {source!r} matches --glob {' '.join(patterns)}")
-        stats = ((name, path, path.stat()) for name, path in sorted(matching))
-        found += [File(name, str(path), stat.st_size, stat.st_mtime_ns) for name, path, stat in stats]
-    return found
+            what = (
+                "is a link to nothing" if root.is_symlink() else "is neither a file, nor a folder, nor the word stdlib"
+            )
+            raise FileNotFoundError(f"input {source!r} {what}")
+        if not root.is_dir():
+            found.append(_file(root.name, str(root)))
+            continue
+        wanted = ["*.py"] if stdlib else globs
+        files, beside = _list_folder(root, "stdlib" if stdlib else root.resolve().name, wanted, stdlib, key)
+        if not files:
+            reasons = "".join(f"; {item.path}: {item.reason}" for item in beside[:3])
+            names = " ".join(wanted or [*GLOBS.split(), *(f"*.{suffix}" for suffix in RECORDS)])
+            raise ValueError(f"no file in folder {source!r} matches --glob {names}{reasons}")
+        found, left = found + files, left + beside
+    for file in found:
+        needs("pyarrow", file.path) if file.kind == "rows" else None
+        needs("zstandard", file.path) if file.path.lower().endswith(".zst") else None
+    return found, left
 
 
-def _blocks(path: str, size: int) -> Iterator[tuple[bytes, int]]:
-    """(decompressed bytes, bytes read) of a plain, .gz or .zst file; ValueError if it is damaged or cut."""
-    new: Callable[[], Any] | None = None
-    member: Any = None
-    damage: type[Exception] = zlib.error
-    if path.endswith(".gz"):
-        new = functools.partial(zlib.decompressobj, 31)
-    elif path.endswith(".zst"):
+def needs(package: str, path: str) -> None:
+    """Raise ValueError with the pip command if ``package``, which reads ``path``, is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{path}: reading it needs {package}, which is not installed: pip install {package}")
+
+
+def _list_folder(
+    root: Path, shown: str, globs: Sequence[str] | None, stdlib: bool, key: str
+) -> tuple[list[File], list[LeftOut]]:
+    files: list[File] = []
+    left: list[LeftOut] = []
+
+    def unreadable(error: OSError) -> None:
+        left.append(LeftOut(str(error.filename), f"unreadable ({error.strerror})"))
+
+    for folder, subfolders, names in os.walk(root, onerror=unreadable):
+        subfolders[:] = [n for n in subfolders if n[0] != "." and not (stdlib and n in NOT_STDLIB)]
+        if not stdlib:
+            links = [path for path in (os.path.join(folder, n) for n in subfolders) if os.path.islink(path)]
+            left += [LeftOut(path, "a link to a folder; name it as an input to read it") for path in links]
+        for name in names:
+            path = Path(folder, name)
+            relative = path.relative_to(root).as_posix()
+            if not _matches(relative, globs):
+                if globs is None and name[0] != ".":
+                    left.append(LeftOut(str(path), "its suffix is not one of text or data (--glob names others)"))
+                continue
+            try:
+                file = _file(f"{shown}/{relative}", str(path))
+                if globs is None and _inner(name) == "json" and not _has_key(file, key):
+                    left.append(LeftOut(str(path), f"not JSON with a text under {key!r} (--text-key)"))
+                    continue
+            except OSError as error:
+                reason = error.strerror or str(error).removeprefix(f"{path}: ")
+                left.append(LeftOut(str(path), f"unreadable ({reason})"))
+                continue
+            files.append(file)
+    files.sort()
+    if globs is None:
+        files, beside = _without_beside(files)
+        left += beside
+    return files, sorted(left)
+
+
+def _without_beside(files: list[File]) -> tuple[list[File], list[LeftOut]]:
+    """Take out README and its like where there are data files, and compressed copies of files that are there too."""
+    names, data = {file.name: file for file in files}, any(file.kind != "text" for file in files)
+    kept, left = [], []
+    for file in files:
+        plain = names.get(re.sub(r"\.(gz|xz|bz2|zst)$", "", file.name, flags=re.I), file)
+        if data and file.kind == "text" and BESIDE_DATA.match(os.path.basename(file.name)):
+            left.append(LeftOut(file.path, "documentation beside data files; name it as an input to read it"))
+        elif plain is not file and _content(file.path) == _content(plain.path):
+            left.append(LeftOut(file.path, f"a compressed copy of {plain.path}"))
+        else:
+            kept.append(file)
+    return kept, left
+
+
+def _inner(name: str) -> str:
+    """Suffix without that of a compression, in lower case."""
+    match = SUFFIX.search(name)
+    return (match["inner"] or "").lower() if match else ""
+
+
+def _matches(relative: str, globs: Sequence[str] | None) -> bool:
+    name = os.path.basename(relative)
+    if globs is None:
+        return _inner(name) in RECORDS or f"*.{_inner(name)}" in GLOBS.split()
+    return any(fnmatch.fnmatchcase((relative if "/" in p else name).lower(), p.lower()) for p in globs)
+
+
+def _file(name: str, path: str) -> File:
+    """Look at a file; OSError if it is none, or cannot be read."""
+    facts = os.stat(path)
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError(f"{path}: not a regular file, which can be read more than once")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+    kind = RECORDS.get(_inner(name), "text")
+    if kind == "rows" and not name.lower().endswith((".parquet", ".pq")):
+        raise OSError(f"{path}: a compressed Parquet file cannot be read in parts: decompress it")
+    if kind == "values" and _begins_with_line(path):
+        kind = "lines"
+    return File(name, path, facts.st_size, facts.st_mtime_ns, kind)
+
+
+def _begins_with_line(path: str) -> bool:
+    """Whether the first line of a .json is a whole JSON object, as in JSON lines."""
+    line = next((line for block, _ in _blocks(path, 1 << 16) for line in block.splitlines() if line.strip()), b"")
+    try:
+        return isinstance(json.loads(line.removeprefix(codecs.BOM_UTF8)), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _has_key(file: File, key: str) -> bool:
+    """Whether the first object of a .json has ``key``."""
+    try:
+        for line, _ in _value_lines(file.path, 1 << 16, LONGEST_FIRST_OBJECT):
+            first = json.loads(line)
+            return isinstance(first, dict) and key in first
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def _content(path: str) -> bytes:
+    found = hashlib.blake2b()
+    for block, _ in _blocks(path, 1 << 20):
+        found.update(block)
+    return found.digest()
+
+
+def _decompressor(path: str) -> tuple[Callable[[], Any] | None, type[Exception]]:
+    end = path.lower().rpartition(".")[2]
+    if end == "zst":
         import zstandard
 
-        damage = zstandard.ZstdError
         # Not its stream_reader, which ends silently where a file is cut off.
-        new = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
+        return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj, zstandard.ZstdError
+    known: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
+        "gz": (functools.partial(zlib.decompressobj, 31), zlib.error),
+        "xz": (lzma.LZMADecompressor, lzma.LZMAError),
+        "bz2": (bz2.BZ2Decompressor, OSError),
+    }
+    return known.get(end, (None, ValueError))
+
+
+def _raw_blocks(path: str, size: int) -> Iterator[tuple[bytes, int]]:
+    new, damage = _decompressor(path)
+    member, members = None, 0
     with open(path, "rb") as file:
         while data := file.read(size):
             cost = len(data)
             while new and data:
-                member = member or new()
+                if member is None and members and not (data := data.lstrip(b"\0")):
+                    break  # zeros may pad a file after a member
+                member, members = member or new(), members + (member is None)
                 try:
-                    yield member.decompress(data), cost
+                    block = member.decompress(data)
                 except damage as error:
                     raise ValueError(f"{path}: damaged compressed file: {error}") from None
-                data, cost, member = member.unused_data, 0, None if member.eof else member
+                yield block, cost
+                data, cost, member = (member.unused_data, 0, None) if member.eof else (b"", 0, member)
             if not new:
                 yield data, cost
     if member:
         raise ValueError(f"{path}: the compressed file is cut off")
 
 
-def cut_shards(files: Sequence[File], shard_bytes: int) -> Iterator[Shard]:
-    """Cut the input into shards, always the same for the same files; holds one JSONL shard at a time."""
-    index, group, size = 0, list[File](), 0
+def _blocks(path: str, size: int) -> Iterator[tuple[bytes, int]]:
+    """(decompressed UTF-8, bytes read) of a file; ValueError if it is damaged or cut. UTF-16 with its mark is
+    transcoded, what it cannot decode becomes bytes that are not UTF-8."""
+    blocks, head, cost = _raw_blocks(path, size), b"", 0
+    for block, read in blocks:
+        head, cost = head + block, cost + read
+        if len(head) >= 4:
+            break
+    encoding = next((name for mark, name in BOMS.items() if head.startswith(mark)), None)
+    if encoding is None:
+        yield head, cost
+        yield from blocks
+        return
+    decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+    for block, read in itertools.chain(((head, cost),), blocks):
+        yield decoder.decode(block).encode("utf-8", "surrogatepass"), read
+    if decoder.getstate()[0]:
+        yield b"\xff", 0
+
+
+def cut_shards(files: Sequence[File], shard_bytes: int, key: str = "text") -> Iterator[Shard]:
+    """Cut the input into shards, always the same for the same files; holds one shard of records at a time.
+
+    Where text files are cut depends on the file before the cut, so that another file's change leaves most cuts where
+    they are.
+    """
+    group, size = list[File](), 0
     for file in files:
-        is_jsonl = JSONL.search(file.name)
-        if group and (is_jsonl or size >= shard_bytes):
-            yield Shard(index, size, tuple(group))
-            index, group, size = index + 1, [], 0
-        if not is_jsonl:
-            group.append(file)
-            size += file.size
+        if group and file.kind != "text":
+            yield Shard(size, tuple(group))
+            group, size = [], 0
+        if file.kind != "text":
+            yield from _cut_records(file, shard_bytes, key)
             continue
-        buffer, line, cost = bytearray(), 1, 0
-        for block, read in _blocks(file.path, min(shard_bytes, 1 << 18)):
-            buffer += block
-            cost += read
-            if len(buffer) >= shard_bytes and b"\n" in block:
-                end = buffer.rindex(b"\n") + 1
-                yield Shard(index, cost, (file,), bytes(buffer[:end]), line)
-                index, line, cost = index + 1, line + buffer.count(b"\n", 0, end), 0
-                del buffer[:end]
-        if buffer:
-            yield Shard(index, cost, (file,), bytes(buffer), line)
-            index += 1
+        group.append(file)
+        size += file.size
+        if size >= shard_bytes or stable_hash("cut", file.name) * shard_bytes < 2**65 * file.size:
+            yield Shard(size, tuple(group))
+            group, size = [], 0
     if group:
-        yield Shard(index, size, tuple(group))
+        yield Shard(size, tuple(group))
+
+
+def _cut_records(file: File, shard_bytes: int, key: str) -> Iterator[Shard]:
+    size = min(shard_bytes, 1 << 18)
+    if file.kind == "rows":
+        blocks = _row_lines(file.path, key)
+    else:
+        blocks = (_value_lines if file.kind == "values" else _blocks)(file.path, size)
+    buffer, record, cost = bytearray(), 1, 0
+    for block, read in blocks:
+        buffer += block
+        cost += read
+        if len(buffer) >= shard_bytes and b"\n" in block:
+            end = buffer.rindex(b"\n") + 1
+            yield Shard(cost, (file,), bytes(buffer[:end]), record)
+            record, cost = record + buffer.count(b"\n", 0, end), 0
+            del buffer[:end]
+    if buffer or record == 1:  # a file without records is named, too
+        yield Shard(cost, (file,), bytes(buffer), record)
+
+
+def _value_lines(path: str, size: int, longest: float = math.inf) -> Iterator[tuple[bytes, int]]:
+    """(JSON value in a line of its own, bytes read) of a .json: the elements of one array, or values one after the
+    other. Raises ValueError, naming the object, where it is not JSON, cut off, or above ``longest`` characters."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # bytes that are not UTF-8 come out as they are
+    scan, where = json.JSONDecoder().raw_decode, WHERE["values"]
+    text, waiting, wanted, cost = "", list[str](), 0, 0
+    number, array, closed = 1, False, False
+    for block, read in itertools.chain(_blocks(path, size), ((None, 0),)):
+        last = block is None
+        waiting.append(decoder.decode(block or b"", final=last))
+        cost += read
+        if not last and sum(map(len, waiting)) < wanted:
+            continue
+        text, waiting, wanted, at = text + "".join(waiting), [], 0, 0
+        while True:
+            if (at := BETWEEN[array].match(text, at).end()) == len(text):  # type: ignore[union-attr]
+                break
+            if text[at] == ("]" if array else "[") and (array or (number == 1 and not closed)):
+                array, closed, at = not array, array, at + 1
+                continue
+            try:
+                if closed:
+                    raise json.JSONDecodeError("text after the end of the array", text, at)
+                end = scan(text, at)[1]
+            except (json.JSONDecodeError, RecursionError) as error:
+                message = getattr(error, "msg", "nested too deep")
+                cut = message.startswith("Unterminated string") or getattr(error, "pos", 0) >= len(text) - 16
+                if cut and not last and not closed and len(text) - at <= longest:
+                    wanted = len(text) - at  # scanning a long value with every block would be quadratic
+                    break
+                message = f"not valid JSON{', or cut off' if cut else ''}: {message}"
+                raise ValueError(f"{where.format(path, number)}: {message}") from None
+            if end == len(text) and not last:  # a number may go on
+                break
+            yield (text[at:end].replace("\n", " ") + "\n").encode("utf-8", "surrogateescape"), cost
+            number, at, cost = number + 1, end, 0
+        text = text[at:]
+    if array:
+        raise ValueError(f"{where.format(path, number)}: the array has no end: the file is cut off")
+
+
+def _row_lines(path: str, key: str) -> Iterator[tuple[bytes, int]]:
+    """(rows of a Parquet file as JSON lines with ``key``, bytes read); without such a column, lines with the others."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as file:  # pages, instead of whole row groups
+            names, rows = file.schema_arrow.names, file.metadata.num_rows
+            share = os.path.getsize(path) / max(rows, 1)
+            if key not in names:
+                line = (json.dumps(dict.fromkeys(names)) + "\n").encode()
+                for start in range(0, rows, 1024):
+                    yield line * min(1024, rows - start), int(share * min(1024, rows - start))
+                return
+            kind = file.schema_arrow.field(key).type
+            if not re.fullmatch(r"(dictionary<values=)?(large_)?(string|binary|null)(_view)?(, .*>)?", str(kind)):
+                raise ValueError(f"{path}: the column {key!r} (--text-key) holds {kind}, not text")
+            for batch in file.iter_batches(ROWS, columns=[key]):
+                column = batch.column(0)
+                column = column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
+                values = column.cast(pyarrow.large_binary()).to_pylist()
+                texts = (v if v is None else v.decode("utf-8", "surrogateescape") for v in values)
+                lines = "".join(json.dumps({key: text}, ensure_ascii=False) + "\n" for text in texts)
+                yield lines.encode("utf-8", "surrogateescape"), int(share * len(column))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a Parquet file that pyarrow can read: {error}") from None
 
 
 def _decode(data: bytes) -> tuple[str, str]:
@@ -133,30 +421,60 @@ def _decode(data: bytes) -> tuple[str, str]:
 
 def read_documents(
     shard: Shard, key: str, want: Callable[[str], bool] = lambda name: True
-) -> Iterator[tuple[str, str, str]]:
-    """(name, text, note) of the documents that ``want(name)``; note is "", "replaced", "empty" or "binary".
+) -> Iterator[tuple[str, str, str, LeftOut | None]]:
+    """(name, text, note, left out) of the documents that ``want(name)``.
 
-    Blank lines are no documents, a binary one has the text "". Raises ValueError, naming file and line, where
-    a line is not a JSON object with a string under ``key``.
+    The note is "", "replaced" (undecodable bytes became U+FFFD), or, with the text "" and why it is left out, "empty" or
+    "binary". Blank lines are no documents. Raises ValueError, naming file and place, where a record is not a JSON
+    object, or holds something else than text under ``key``; no text, or null, is empty.
     """
     if shard.data is None:
         for file in filter(lambda file: want(file.name), shard.files):
-            text, note = _decode(Path(file.path).read_bytes())
-            note = "binary" if "\0" in text else note if text.strip() else "empty"
-            yield file.name, "" if note == "binary" else text, note
+            content, note = _decode(b"".join(block for block, _ in _blocks(file.path, 1 << 20)))
+            content = content.removeprefix("\ufeff")
+            if "\0" in content:
+                yield file.name, "", "binary", LeftOut(file.path, "binary (it holds NUL bytes)")
+            elif not content.strip():
+                yield file.name, "", "empty", LeftOut(file.path, "empty")
+            else:
+                yield file.name, content, note, None
         return
-    for number, line in enumerate(shard.data.split(b"\n"), shard.first_line):
-        if not line.strip() or not want(name := f"{shard.files[0].name}:{number}"):
+    source = shard.files[0]
+    if shard.first_record == 1 and not shard.data.strip() and want(source.name):
+        yield source.name, "", "empty", LeftOut(source.path, "it holds no record")
+    for number, line in enumerate(shard.data.split(b"\n"), shard.first_record):
+        if not line.strip() or not want(name := f"{source.name}:{number}"):
             continue
-        where = f"{shard.files[0].path}:{number}"
-        decoded, note = _decode(line)
+        where = WHERE[source.kind].format(source.path, number)
+        decoded, note = _decode(line.removeprefix(codecs.BOM_UTF8))
         try:
-            text = json.loads(decoded)[key]
+            record = json.loads(decoded)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not valid JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: not a JSON object with a text under {key!r}: {decoded[:80]}")
+        text = record.get(key)
+        if text is None:
+            reason = f"null under {key!r}" if key in record else f"no {key!r} (--text-key)"
+            where += "" if key in record else f", which has {', '.join(map(repr, record))[:80] or 'no key'}"
+            yield name, "", "empty", LeftOut(source.path, reason, 1, where)
+            continue
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: {key!r} (--text-key) holds {json.dumps(text)[:80]}, which is not text")
+        if not text.strip():
+            yield name, "", "empty", LeftOut(source.path, "empty", 1, where)
+            continue
+        try:
             text.encode()
         except UnicodeEncodeError:  # JSON can spell a lone surrogate, UTF-8 cannot
             text, note = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"), "replaced"
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{where}: no text under the key {key!r} (--text-key): {decoded[:80]}") from None
-        except ValueError as error:
-            raise ValueError(f"{where}: not valid JSON: {error}") from None
-        yield name, text, note if text.strip() else "empty"
+        yield name, text, note, None
+
+
+def merge_left_out(items: Iterable[LeftOut]) -> list[LeftOut]:
+    """One for each file and reason, in the order of the first."""
+    merged: dict[tuple[str, str], LeftOut] = {}
+    for item in items:
+        before = merged.get(item[:2])
+        merged[item[:2]] = item if before is None else before._replace(documents=before.documents + item.documents)
+    return list(merged.values())

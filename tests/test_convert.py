@@ -243,6 +243,36 @@ def test_nothing_of_ours_is_exported(models, tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
+def test_the_tokenizer_is_recorded_and_compared(tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    from exact_megatron.evaluation.model import Model
+    from exact_megatron.tokenizer import RECORD, identity
+    from exact_megatron.training import checkpoint
+
+    source = make("llama3", tmp_path / "source", "float32")
+    one, two = (Tokenizer(WordLevel({"a": 0, word: 1}, unk_token="a")) for word in "bc")
+    one.save(str(source / "tokenizer.json"))
+    made = hf_to_megatron(source, tmp_path / "megatron", quiet=True)
+    state = checkpoint.read_state(checkpoint.find_checkpoint(tmp_path / "megatron"))
+    assert not made.remarks and state["tokenizer"]["digest"] == identity(one)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", quiet=True)
+    assert json.loads((tmp_path / "back" / RECORD).read_text()) == {"tokenizer_identity": identity(one)}
+    for model in ("source", "megatron", "back"):
+        assert Model.at(tmp_path / model).tokenizer.digest == identity(one)
+
+    other = tmp_path / "other"
+    other.mkdir()
+    two.save(str(other / "tokenizer.json"))
+    (other / "config.json").write_text((source / "config.json").read_text())
+    with pytest.raises(ValueError, match=rf"{identity(one)}.*{identity(two)}.*--accept-other-tokenizer"):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "new", other, quiet=True)
+    made = megatron_to_hf(tmp_path / "megatron", tmp_path / "new", other, quiet=True, accept_other_tokenizer=True)
+    assert "accepted" in made.remarks[0]
+    assert Model.at(tmp_path / "new").tokenizer.digest == identity(one)  # whose ids the weights know
+
+
 # -- what is refused ------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from exact_megatron.cli import main
 from exact_megatron.evaluation import bootstrap, compare, context_loss, filler, probe
+from exact_megatron.evaluation.command import add_arguments
 from exact_megatron.evaluation.model import Text
 from exact_megatron.evaluation.report import summarize, write_suite_report
 from exact_megatron.evaluation.scorer import continuation_logprobs
@@ -314,6 +316,29 @@ def test_documents_of_another_tokenizer_are_refused():
     scorer = LooksBack(4, vocab_size=10)
     with pytest.raises(ValueError, match="holds token id 12"):
         context_loss.measure(scorer, "0", np.array([1, 12]), 8)
+
+
+def test_data_of_another_tokenizer_than_the_models_are_refused(text, write_corpus, tmp_path):
+    from exact_megatron.evaluation.command import _compare_tokenizers
+    from exact_megatron.evaluation.model import Model
+
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.json").write_text(text.file.read_text())
+    prefix = write_corpus(np.array([50, 40]))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+
+    def compare(suite, digest, *more):
+        Path(f"{prefix}.json").write_text(json.dumps({"tokenizer_identity": digest}) if digest else "{}")
+        words = [str(tmp_path), "--suite", suite, "--output", "x", "--data", f"{prefix}.idx", "--filler", prefix, *more]
+        return _compare_tokenizers(suite, parser.parse_args(words), Model.at(tmp_path))
+
+    for suite in ("context-loss", "distance-probe"):
+        assert compare(suite, text.identity.digest) == []
+        assert "tokenizer unknown" in compare(suite, None)[0]
+        with pytest.raises(ValueError, match=rf"{text.identity.digest} \(.*tokenizer.json.*has abc \(.*--accept-other"):
+            compare(suite, "abc")
+        assert "accepted" in compare(suite, "abc", "--accept-other-tokenizer")[0]
 
 
 # comparison

@@ -237,3 +237,64 @@ def test_a_document_does_not_see_its_neighbours(folder, tmp_path, ranks):
     assert len(results) == (1 if ranks == 1 else 4), "one for each exchange and rank"
     for result in results:
         assert result == {"logits": True, "gradients": True, "nonzero": True, "unmasked_leaks": True}
+
+
+def identified(folder, name, digest):
+    """A copy of the data, with what PREFIX.json says of its tokenizer (None: no PREFIX.json)."""
+    for end in ("bin", "idx"):
+        (folder / f"{name}.{end}").write_bytes((folder / f"x.{end}").read_bytes())
+    if digest:
+        facts = {"vocab_size": 96, "eod_id": 0, "tokenizer": f"tok_{digest}", "tokenizer_identity": digest}
+        (folder / f"{name}.json").write_text(json.dumps(facts))
+    return str(folder / name)
+
+
+def test_blends_of_two_tokenizers_are_refused(folder):
+    from exact_megatron.training.vocabulary import read_vocabulary
+
+    def read(*names, **more):
+        overrides = [f"model.data.data_prefix=[{','.join(names)}]", *(f"{k}={v}" for k, v in more.items())]
+        return read_vocabulary(load_config(folder / "tiny.yaml", overrides), scan=False)
+
+    a, b, c, d = (identified(folder, *pair) for pair in (("a", "aa"), ("b", "bb"), ("c", "aa"), ("d", None)))
+    with pytest.raises(
+        ValueError, match=r"a has the tokenizer aa \(.*a.json, tokenizer tok_aa\), .*b has bb \(.*tok_bb.*accept"
+    ):
+        read(a, d, b)
+    assert read(a, b, **{"model.data.accept_other_tokenizer": "true"}).tokenizers[b].digest == "bb"
+    assert read(a, c, d).tokenizers[d].digest is None
+    assert "tokenizers" not in read(a).unique_identifiers  # which names Megatron's caches
+
+
+def test_a_run_from_a_model_of_another_tokenizer_is_refused(folder, monkeypatch):
+    from pathlib import Path
+    from types import SimpleNamespace
+
+    from exact_megatron.tokenizer import UNKNOWN, Identity
+    from exact_megatron.training import checkpoint
+    from exact_megatron.training.trainer import Trainer
+
+    said = []
+
+    def begin(model, data, *overrides):
+        state = {} if model is None else {"tokenizer": Identity(model, "base/hf/tokenizer.json")._asdict()}
+        monkeypatch.setattr(checkpoint, "read_state", lambda path: state)
+        data = Identity(data, "x.json")
+        trainer = SimpleNamespace(
+            vocabulary=SimpleNamespace(tokenizers={"x": data}),
+            run=load_config(folder / "tiny.yaml", list(overrides)),
+            tokenizer=data if data.digest else UNKNOWN,
+            console=SimpleNamespace(print=lambda text, **_: said.append(text)),
+        )
+        said.clear()
+        Trainer._compare_tokenizers(trainer, Path("base"))
+        return trainer.tokenizer.digest
+
+    assert begin("aa", "aa") == "aa" and not said
+    with pytest.raises(
+        ValueError, match=r"base has the tokenizer aa \(base/hf/tokenizer.json\), x has bb \(x.json\).*accept_other"
+    ):
+        begin("aa", "bb")
+    assert begin("aa", "bb", "model.data.accept_other_tokenizer=true") == "bb" and "accepted" in said[0]
+    assert begin("aa", None) == "aa" and said == ["tokenizer unknown, not compared: x (x.json)"]
+    assert begin(None, "bb") == "bb" and "not compared: base (nothing is recorded)" in said[0]

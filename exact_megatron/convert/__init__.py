@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     way.add_argument("--dtype", choices=("fp32", "bf16"), help="default: as in the checkpoint")
     way.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: %(default)s)")
+    way.add_argument(
+        "--accept-other-tokenizer",
+        action="store_true",
+        help="take the folder's tokenizer even if the data of training had another",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,7 +44,14 @@ def run(args: argparse.Namespace) -> int:
     if args.direction == "hf-to-megatron":
         made = hf_to_megatron(args.source, args.output, args.pad_kv_heads)
     else:
-        made = megatron_to_hf(args.source, args.output, args.hf, args.dtype, args.max_shard_size)
+        made = megatron_to_hf(
+            args.source,
+            args.output,
+            args.hf,
+            args.dtype,
+            args.max_shard_size,
+            accept_other_tokenizer=args.accept_other_tokenizer,
+        )
     for remark in made.remarks:
         print(f"convert: {remark}", file=sys.stderr)
     print(f"{made.folder}: {made.parameters:,} parameters, {made.bytes / 1e9:,.2f} GB")

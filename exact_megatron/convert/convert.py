@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 
+from ..tokenizer import RECORD, folder_identity, refuse_other_tokenizer, write_json
 from ..training import checkpoint
 from ..training.config import ModelConfig, RopeScalingConfig, RunConfig
 from .config_json import config_json, kv_heads, model_settings, read_config_json
@@ -80,6 +81,7 @@ def hf_to_megatron(
                 )
         tensors.append((tensor, layer, dtypes[tensor.key]))
     precision = PRECISION[dtypes["decoder.layers.mlp.linear_fc2.weight"]]
+    tokenizer = folder_identity(source)
     start: dict[str, Any] = {"restore_from_path": str(output.absolute()), "trainer": {"precision": precision}}
     run = RunConfig(model=model)
     run.trainer.precision = precision
@@ -97,9 +99,9 @@ def hf_to_megatron(
 
         path = folder / "checkpoints" / "step_00000000"
         path.mkdir(parents=True)
-        state = checkpoint.describe(run, 0, vocab_size, None, None)
+        state = checkpoint.describe(run, 0, vocab_size, None, None, tokenizer)
         write_checkpoint(path, tensors, model.num_layers, read, {"state": state, **checkpoint.CONTENT})
-    remarks = []
+    remarks = [] if tokenizer.digest else [f"the checkpoint records no tokenizer: {tokenizer.source}"]
     if torch.float16 in dtypes.values():
         remarks.append(
             "weights are fp16 and stay so in the checkpoint; a run loads them as bf16 or fp32 (trainer.precision)"
@@ -114,6 +116,7 @@ def megatron_to_hf(
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     quiet: bool = False,
+    accept_other_tokenizer: bool = False,
 ) -> Converted:
     """Convert a checkpoint of the native runner, or the newest of a run, to a Hugging Face folder.
 
@@ -124,10 +127,12 @@ def megatron_to_hf(
         hf: folder with config.json and tokenizer; None: found by following restore_from_path. A model that was not started from a
             converted one gets a config.json of the family with its layers, and no tokenizer.
         dtype: fp32 or bf16; None: as in the checkpoint.
+        accept_other_tokenizer: take the folder's tokenizer even if training had data of another.
 
     Raises:
         FileNotFoundError, FileExistsError: no checkpoint there; `output` is there.
-        ValueError: the checkpoint is not of the model in config.json, or of layers that no family has.
+        ValueError: the checkpoint is not of the model in config.json, of layers that no family has, or trained with another tokenizer
+            than the folder's.
     """
     output, path = Path(output), checkpoint.find_checkpoint(source)
     stored = MegatronCheckpoint(path)
@@ -137,8 +142,12 @@ def megatron_to_hf(
     if vocab_size is None:
         raise ValueError(f"{path} does not say how many tokens the vocabulary has: it is of an older version")
     folder = Path(hf) if hf is not None else _origin(path)
-    remarks = []
-    if folder is None:
+    tokenizer, remarks = checkpoint.tokenizer_of(stored.state), list[str]()
+    if folder is not None:
+        known = {str(path): tokenizer, str(folder): folder_identity(folder)}
+        remarks += refuse_other_tokenizer(known, "--accept-other-tokenizer", accept_other_tokenizer)
+        tokenizer = tokenizer if tokenizer.digest else known[str(folder)]
+    else:
         remarks.append("no tokenizer: training did not start from a converted model; --hf names a folder that has one")
     original = None if folder is None else read_config_json(folder)
     config = config_json(model, run.model.data.seq_length, vocab_size, original)
@@ -160,6 +169,8 @@ def megatron_to_hf(
         if folder is not None:
             _carry(folder, new)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer.digest:
+            write_json(new / RECORD, {"tokenizer_identity": tokenizer.digest})
     return _converted(output, dtypes, parts, remarks)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ..tokenizer import data_identity, refuse_other_tokenizer
 from . import context_loss, nolima, probe
 from .model import Model
 from .report import summarize, write_suite_report
@@ -28,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "100), documents (context-loss: 1000), tests (nolima: all), samples a task (short: all)")  # fmt: skip
     parser.add_argument("--trained-length", type=int, help="averages up to this length and beyond it, apart")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json or its folder; default: the model's")
+    parser.add_argument(
+        "--accept-other-tokenizer",
+        action="store_true",
+        help="evaluate with text or data of another tokenizer than the model's",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on a GPU"
@@ -108,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
     for suite in args.suite:
         if suite in ("ruler", "nolima", "short"):
             model.require_huggingface(suite)
+    for suite in args.suite:  # before the model is loaded
+        _compare_tokenizers(suite, args, model)
     if args.tensor_parallel > 1 and (started := _start_ranks(args, model)):
         return started
     from ..training.launch import be_single_rank, is_rank
@@ -144,9 +153,29 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def _start_ranks(args: argparse.Namespace, model: Model) -> int | None:
-    import sys
+def _compare_tokenizers(suite: str, args: argparse.Namespace, model: Model) -> list[str]:
+    """Remarks on the tokenizers of the model and of what the suite gives it.
 
+    Raises:
+        ValueError: they differ, unless --accept-other-tokenizer.
+    """
+    known = {str(model.path): model.tokenizer}
+    if suite == "context-loss":
+        known[args.data] = data_identity(_prefix(args.data))
+    elif suite == "distance-probe":
+        known["the probe"] = model.text().identity
+        if os.path.isfile(f"{_prefix(args.filler)}.idx"):
+            known[args.filler] = data_identity(_prefix(args.filler))
+    else:  # text by the folder's own tokenizer
+        return []
+    return refuse_other_tokenizer(known, "--accept-other-tokenizer", args.accept_other_tokenizer)
+
+
+def _prefix(path: str) -> str:
+    return path[:-4] if path.endswith((".bin", ".idx")) else path
+
+
+def _start_ranks(args: argparse.Namespace, model: Model) -> int | None:
     from ..training.launch import is_rank, torchrun
 
     if model.kind != "megatron":
@@ -196,9 +225,16 @@ def _distance_probe(args: argparse.Namespace, model: Model, scorer: Any) -> tupl
         "dtype": args.dtype,
     }
     notes = ["the probe's items are our own: those of arXiv 2605.10544 are not published"]
+    notes += _say(_compare_tokenizers("distance-probe", args, model))
     store = Store.open(args.output, "distance-probe", probe.METRIC, model.described, settings, notes)
     probe.run(scorer, probe.ItemMaker(text, filler, distances[-1]), store, distances, args.seeds, items)
     return store, probe.METRIC
+
+
+def _say(remarks: list[str]) -> list[str]:
+    for remark in remarks:
+        print(f"evaluate: {remark}", file=sys.stderr)
+    return remarks
 
 
 def _context_loss(args: argparse.Namespace, model: Model, scorer: Any) -> tuple[Store, Metric]:
@@ -217,7 +253,8 @@ def _context_loss(args: argparse.Namespace, model: Model, scorer: Any) -> tuple[
     }
     notes = [
         f"{len(documents.chosen):,} of {documents.fitting:,} documents; each scored on its own, cut into windows of {window:,} tokens "
-        "where it is longer; averages are per token"
+        "where it is longer; averages are per token",
+        *_say(_compare_tokenizers("context-loss", args, model)),
     ]
     store = Store.open(args.output, "context-loss", context_loss.METRIC, model.described, settings, notes)
     context_loss.run(scorer, documents, store, window)

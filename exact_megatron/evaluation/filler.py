@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..corpus import GLOBS, cut_shards, list_files, read_documents
+from ..corpus import cut_shards, list_files, read_documents
 from ..packing import read_index
 from ..tokenizer import read_json
 from .model import Text
@@ -61,9 +61,9 @@ def open_filler(source: str, text: Text, vocab_size: int) -> Filler:
     if Path(f"{source}.idx").is_file() or source.endswith((".bin", ".idx")):
         return _from_prefix(source, vocab_size)
     documents, names, size = [], [], 0
-    for shard in cut_shards(list_files([source], GLOBS.split()), 1 << 20):
-        for name, content, note in read_documents(shard, "text"):
-            if note != "binary" and content.strip() and size < TEXT_BYTES:
+    for shard in cut_shards(list_files([source])[0], 1 << 20):
+        for name, content, _, left_out in read_documents(shard, "text"):
+            if left_out is None and size < TEXT_BYTES:
                 documents.append(np.array(text.encode(content), np.int64))
                 names.append([name, len(content)])
                 size += len(content)

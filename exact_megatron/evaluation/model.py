@@ -9,7 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..tokenizer import find_eod, load_tokenizer, read_json, tokenizer_file
+from ..tokenizer import (
+    Identity,
+    added_tokens,
+    find_eod,
+    folder_identity,
+    identity,
+    load_tokenizer,
+    read_json,
+    tokenizer_file,
+)
 from .scorer import HuggingFaceScorer, MegatronScorer
 from .store import digest, fingerprint
 
@@ -28,9 +37,14 @@ class Text:
         if not self.file.is_file():
             raise FileNotFoundError(f"no tokenizer.json at {path}: name it with --tokenizer")
         self._tokenizer = load_tokenizer(self.file)
-        self.start = [int(i) for i in self._tokenizer.encode("", add_special_tokens=True).ids]
+        self.start = added_tokens(self._tokenizer)[0]
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         self.digest = digest(self.file.read_bytes())
+
+    @property
+    def identity(self) -> Identity:
+        """See tokenizer.identity."""
+        return Identity(identity(self._tokenizer), str(self.file))
 
     def encode(self, text: str) -> list[int]:
         """Ids of all of `text`, nothing added."""
@@ -112,9 +126,25 @@ class Model:
             return json.loads((self.path / "config.json").read_text())
         from omegaconf import OmegaConf
 
+        return OmegaConf.to_container(OmegaConf.create(self.state["config"]))  # type: ignore[return-value]
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What a Megatron checkpoint says of its run."""
         from ..training.checkpoint import read_state
 
-        return OmegaConf.to_container(OmegaConf.create(read_state(self.path)["config"]))  # type: ignore[return-value]
+        return read_state(self.path)
+
+    @cached_property
+    def tokenizer(self) -> Identity:
+        """The tokenizer whose ids the model knows, as its folder records; where it does not, that of --tokenizer."""
+        if self.kind == "huggingface":
+            found = folder_identity(self.path)
+        else:
+            from ..training.checkpoint import tokenizer_of
+
+            found = tokenizer_of(self.state)
+        return Text(self.tokenizer_path).identity if not found.digest and self.tokenizer_path else found
 
     @property
     def window(self) -> int | None:

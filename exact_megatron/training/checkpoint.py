@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..config import ExactConfig, ExactError
+from ..tokenizer import UNKNOWN, Identity
 from .config import RunConfig
 
 _STEP = re.compile(r"step_(\d+)$")
@@ -129,6 +130,11 @@ def read_state(path: Path) -> dict[str, Any]:
     return dist_checkpointing.load_common_state_dict(str(path))["state"]
 
 
+def tokenizer_of(state: dict[str, Any]) -> Identity:
+    """The tokenizer whose ids a checkpoint's model knows; unknown in those of older versions."""
+    return Identity(**state["tokenizer"]) if "tokenizer" in state else UNKNOWN
+
+
 def stored_entries(path: Path) -> dict[str, Any]:
     """What torch's distributed checkpoint holds, by key: tensors have `size` and `properties.dtype`. (megatron.core 0.19's own
     load_tensors_metadata fails on torch 2.15.)"""
@@ -210,7 +216,7 @@ def refuse_other_model(state: dict[str, Any], run: RunConfig, vocab_size: int) -
 
 # What may be another after a resume: where and how long the run trains, its layout and the optimizer's schedule.
 _FREE = re.compile(
-    r"trainer\.|exp_manager\.|restore_from_path|model\.(optim|exact|qk_timing)\.|model\.data\.(num_workers|index_mapping_dir)|model\."
+    r"trainer\.|exp_manager\.|restore_from_path|model\.(optim|exact|qk_timing)\.|model\.data\.(num_workers|index_mapping_dir|accept_other)|model\."
     r"(micro_batch_size|tensor_|pipeline_|virtual_|context_|sequence_parallel|overlap_p2p|batch_p2p|cp_comm|activations_|fp8"
     r"|transformer_engine|deterministic|calculate_per|loss_chunk|apply_rope_fusion|cross_entropy_|gradient_accumulation_fusion)"
 )
@@ -261,7 +267,9 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, child in config.items() for key, value in flatten(child, f"{prefix}{name}.").items()}
 
 
-def describe(run: RunConfig, step: int, vocab_size: int, census: str | None, weights: str | None) -> dict[str, Any]:
+def describe(
+    run: RunConfig, step: int, vocab_size: int, census: str | None, weights: str | None, tokenizer: Identity = UNKNOWN
+) -> dict[str, Any]:
     """The `state` of a checkpoint. `vocab_size` is without this layout's padding."""
     exact: ExactConfig = run.model.exact
     return {
@@ -273,5 +281,6 @@ def describe(run: RunConfig, step: int, vocab_size: int, census: str | None, wei
         "exact": exact.to_dict(),
         "census": census,
         "weights": weights,
+        "tokenizer": tokenizer._asdict(),
         "config": run.to_yaml(),
     }

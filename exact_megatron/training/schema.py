@@ -90,6 +90,8 @@ class DataConfig:
     eod_mask_loss: bool = switch(False)
     document_masking: bool = switch(True)  # a target sees its own document only
     eod_id: Optional[int] = whole(None, least=0)  # null: from PREFIX.json, as `exact-megatron prepare` writes it
+    # data of another tokenizer than the model's, or than other members of the blend
+    accept_other_tokenizer: bool = switch(False)
 
 
 @dataclass

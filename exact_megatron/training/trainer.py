@@ -26,13 +26,14 @@ from ..config import ExactConfig, ExactError
 from ..dataset import members
 from ..loss import ExactLoss, gpt_loss
 from ..qk_timing import QKTiming
+from ..tokenizer import UNKNOWN, refuse_other_tokenizer
 from . import checkpoint
 from .config import RunConfig
 from .data import STOP_SIGNALS, build_datasets, build_loader, get_batch
 from .memory_record import record_memory
 from .model import build_model, build_optimizer
 from .runlog import RunLog
-from .vocabulary import read_vocabulary
+from .vocabulary import ACCEPT_TOKENIZER, read_vocabulary
 
 
 def runs_on_cpu(run: RunConfig) -> bool:
@@ -113,6 +114,8 @@ class Trainer:
         self.console = Console(stderr=True, quiet=not (self.is_first and progress))
         self.run_dir = Path(run.exp_manager.exp_dir)
         self.vocabulary = read_vocabulary(run, scan=self.is_first)
+        # The data's; where that is unknown, what the checkpoint says that the run begins with.
+        self.tokenizer = next((i for i in self.vocabulary.tokenizers.values() if i.digest), UNKNOWN)
 
         self.loss = ExactLoss(run.model.exact)
         self.loss_func = self.loss.wrap(gpt_loss) if run.model.exact.enabled else gpt_loss
@@ -144,7 +147,17 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         census = self.builder.census
         digests = (census.digest if census else None, self.table.digest if self.table else None)
-        return checkpoint.describe(self.run, self.step, self.vocabulary.vocab_size, *digests)
+        return checkpoint.describe(self.run, self.step, self.vocabulary.vocab_size, *digests, self.tokenizer)
+
+    def _compare_tokenizers(self, path: Path | None = None) -> None:
+        """Compare the data's tokenizers with that of the checkpoint that the run begins with."""
+        known = dict(self.vocabulary.tokenizers)
+        if path is not None:
+            known = {str(path): checkpoint.tokenizer_of(checkpoint.read_state(path)), **known}
+            self.tokenizer = self.tokenizer if self.tokenizer.digest else known[str(path)]
+        remarks = refuse_other_tokenizer(known, ACCEPT_TOKENIZER, self.run.model.data.accept_other_tokenizer)
+        for remark in remarks:
+            self.console.print(remark, highlight=False, soft_wrap=True)
 
     def _restore(self) -> None:
         found = checkpoint.checkpoints(self.run_dir)
@@ -154,6 +167,7 @@ class Trainer:
                 "remove them"
             )
         if found:
+            self._compare_tokenizers(found[-1])
             state = checkpoint.load(found[-1], self.model, self.optimizer, self.scheduler)
             checkpoint.refuse_changed_run(state, self.state(), self.run)
             self.step = state["step"]
@@ -161,10 +175,13 @@ class Trainer:
         elif self.run.restore_from_path is not None:
             path = checkpoint.find_checkpoint(self.run.restore_from_path)
             state = checkpoint.read_state(path)
+            self._compare_tokenizers(path)
             positions = checkpoint.refuse_other_model(state, self.run, self.vocabulary.vocab_size)
             checkpoint.load_weights(path, self.model)
             self.optimizer.reload_model_params()
             self.console.print("\n".join([f"started from the weights of {path}", *positions]))
+        else:
+            self._compare_tokenizers()
 
     def save(self) -> Path:
         params = self.run.exp_manager.checkpoint_callback_params

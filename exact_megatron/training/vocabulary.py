@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..packing import TokenIndex, read_index
+from ..tokenizer import Identity, data_identity, refuse_other_tokenizer
 from .config import RunConfig, parse_blend
 
 SCANNED_TOKENS = 1 << 28  # tokens of each file that are read before training to check them against the vocabulary
+ACCEPT_TOKENIZER = "model.data.accept_other_tokenizer=true"
 SCANNED_ENDS = 4096  # documents whose last token is compared with EOD
 
 
 @dataclass
 class Vocabulary:
-    """What GPTDataset asks of a tokenizer."""
+    """What GPTDataset asks of a tokenizer, and the tokenizer of each member of the data."""
 
     vocab_size: int
     eod: int
     pad: int = -1
+    tokenizers: dict[str, Identity] = field(default_factory=dict)
 
     @property
     def unique_identifiers(self) -> dict[str, Any]:
@@ -65,7 +68,7 @@ def read_vocabulary(run: RunConfig, scan: bool = True) -> Vocabulary:
         scan: read tokens too (one process is enough); False checks the indices alone.
 
     Raises:
-        FileNotFoundError, ValueError: see packing.read_index; also for members with different vocabularies, a size that
+        FileNotFoundError, ValueError: see packing.read_index; also for members of different tokenizers or vocabularies, a size that
             nobody gives, empty documents, token ids outside the vocabulary, and documents that do not end in EOD where
             eod_mask_loss relies on it.
     """
@@ -76,6 +79,8 @@ def read_vocabulary(run: RunConfig, scan: bool = True) -> Vocabulary:
         if prefix.endswith((".bin", ".idx")):
             raise ValueError(f"{prefix}: give the common prefix of .bin and .idx, {prefix[:-4]}")
     indices = [read_index(p) for p in prefixes]
+    tokenizers = {prefix: data_identity(prefix) for prefix in prefixes}
+    refuse_other_tokenizer(tokenizers, ACCEPT_TOKENIZER, data.accept_other_tokenizer)
     for prefix in prefixes:
         facts = _described(prefix)
         for key, mine, name in (
@@ -102,7 +107,7 @@ def read_vocabulary(run: RunConfig, scan: bool = True) -> Vocabulary:
         raise ValueError(f"model.data.eod_id={eod} is not in the vocabulary of {size} tokens")
     for index in indices if scan else []:
         _scan(index, size, eod if data.eod_mask_loss else None)
-    return Vocabulary(size, eod)
+    return Vocabulary(size, eod, tokenizers=tokenizers)
 
 
 def _described(prefix: str) -> dict[str, int]:
