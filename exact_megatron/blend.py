@@ -19,6 +19,14 @@ def split_tokens(lengths: np.ndarray, split: tuple[float, float]) -> int:
     return int(lengths[first:last].sum(dtype=np.int64))
 
 
+def stored_order(lengths: np.ndarray, seq_length: int) -> np.ndarray | None:
+    """int64[n], documents in stored order, repeated until they fill a sample as a member with a weight is; None: once is enough."""
+    tokens = int(lengths.sum(dtype=np.int64))
+    if tokens > seq_length or not tokens:
+        return None
+    return np.tile(np.arange(len(lengths)), -(-(seq_length + 1) // tokens))
+
+
 def member_samples(
     prefixes: Sequence[str],
     tokens: Sequence[int],
@@ -45,7 +53,7 @@ def member_samples(
     def count(epochs: int) -> list[int]:
         return [whole_samples(epochs * t, seq_length, extra_token, partial) for t in tokens]
 
-    epochs = 1
+    epochs, tokens = 1, list(tokens)
     if sum(count(1)) < samples and sum(tokens):
         enough = (samples + len(tokens)) * (seq_length + 1) // sum(tokens) + 1
         epochs = 1 + bisect_left(range(1, enough + 1), samples, key=lambda e: sum(count(e)))

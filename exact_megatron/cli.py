@@ -171,12 +171,14 @@ def run_census(args: argparse.Namespace) -> int:
 def run_train(args: argparse.Namespace) -> int:
     from .training.config import load_config
     from .training.launch import be_single_rank, is_rank, torchrun
+    from .training.lengths import check_lengths
     from .training.run_lock import only_writer
     from .training.vocabulary import read_vocabulary
 
     run = load_config(args.config, args.overrides)
     if not is_rank():
         read_vocabulary(run)  # a bad input is one message here, and one a rank later
+        check_lengths(run)
         if run.trainer.num_nodes > 1:
             raise ValueError(
                 f"trainer.num_nodes={run.trainer.num_nodes}: start the ranks with torchrun on every node or with srun, "

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .allocation import WeightTable
+from .blend import stored_order
 from .config import ExactConfig, ExactError
 from .exposure import ExposureCensus
 from .integrations.megatron_lm_plan import plan_masking, read_arguments, refusals, training_data
@@ -234,7 +235,13 @@ def native_run(config: list[str] | None, overrides: list[str]) -> dict[str, Any]
 
         read_vocabulary(run)
 
-    refused = _problems(vocabulary, on_this_machine, start)
+    def lengths() -> None:
+        from .training.lengths import check_lengths
+
+        check_lengths(run)
+
+    refused = _problems(vocabulary)
+    refused += _problems(*([] if refused else [lengths]), on_this_machine, start)
     return _effect(run.model.exact, data.seq_length, prefixes, masking, data.eod_mask_loss, refused)
 
 
@@ -280,7 +287,12 @@ def _effect(
         config = exact.validated(seq_length)
         found.update(tau=config.tau, alpha=config.alpha, gamma=config.gamma)
         indices = [read_index(prefix) for prefix in prefixes()]
-        parts = [ExposureCensus.from_document_lengths(i.lengths, seq_length, eod_mask_loss=eod) for i in indices]
+        parts = [
+            ExposureCensus.from_document_lengths(
+                i.lengths, seq_length, document_index=stored_order(i.lengths, seq_length), eod_mask_loss=eod
+            )
+            for i in indices
+        ]
         if parts:
             table = WeightTable.from_census(sum(parts[1:], parts[0]), config)
             found.update(tail_share=table.tail_share, weighted_tail_share=table.weighted_tail_share, data=len(indices))
