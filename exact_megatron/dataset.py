@@ -259,6 +259,8 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
             starts = member.sample_index[:-1] if partial else member.sample_index
             lengths = member.dataset.sequence_lengths
             wrong = misplaced_sample(member.document_index, starts, lengths, self.config.sequence_length)
+            if wrong is None and (np.diff(starts[:, 0]) < 0).any() | (starts[-1, 0] > len(member.document_index)):
+                wrong = len(starts) - 1  # misplaced_sample relies on their order
             if wrong is not None:
                 raise ValueError(
                     f"Megatron's index caches of {member.dataset_path} are damaged or were built from other data than what lies there "

@@ -285,7 +285,7 @@ def test_an_index_cache_with_other_numbers_is_named(tmp_path, write_corpus, one_
                 build(config, [30, 0, 0], ExactConfig())
         file.write_bytes(whole)
     (file,) = (tmp_path / "cache").glob("*-census.json")
-    for broken in (b"", b"\xff\xfe", b"[]", b"{", file.read_bytes().replace(b" 1,", b" 3,", 1)):
+    for broken in (b"", b"\xff\xfe", b"[]", b"{", file.read_bytes().replace(b": [", b": [1", 1)):
         file.write_bytes(broken)
         with pytest.raises(ValueError, match=f"{file} is not a census .* remove it"):
             build(config, [30, 0, 0])

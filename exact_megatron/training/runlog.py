@@ -70,8 +70,9 @@ class RunLog:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        self.metrics.close()
-        self.validations.close()
+        for file in (self.metrics, self.validations):
+            with writing(file.name):
+                file.close()
         if self.board:
             self.board.close()
         sys.stderr.flush()
