@@ -53,8 +53,8 @@ def member_samples(
     def count(epochs: int) -> list[int]:
         return [whole_samples(epochs * t, seq_length, extra_token, partial) for t in tokens]
 
-    epochs, tokens = 1, list(tokens)
-    if sum(count(1)) < samples and sum(tokens):
+    epochs = 1
+    if sum(count(1)) < samples and sum(tokens) > 0:
         enough = (samples + len(tokens)) * (seq_length + 1) // sum(tokens) + 1
         epochs = 1 + bisect_left(range(1, enough + 1), samples, key=lambda e: sum(count(e)))
     sizes = count(epochs)

@@ -23,7 +23,16 @@ from .loss import ExactLoss
 from .packing import misplaced_sample, read_index, sample_pieces
 
 logger = logging.getLogger(__name__)
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
+_NOT_WRITABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
 
 
 class ExactGPTDataset(GPTDataset):

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 
+from exact_megatron.blend import whole_samples
 from exact_megatron.training.config import load_config
 from exact_megatron.training.trainer import Trainer, shutdown
 
 config, folder, out, *overrides = sys.argv[1:]
-STEPS, BATCHES = 4, 3
+STEPS, BATCHES = 3, 3
 common = [
     f"trainer.max_steps={STEPS}",
     f"trainer.limit_val_batches={BATCHES}",
-    "exp_manager.checkpoint_callback_params.every_n_train_steps=1",
+    "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
     "exp_manager.checkpoint_callback_params.save_top_k=-1",
     *overrides,
 ]
@@ -47,9 +48,8 @@ def train(name, *more, prepare=lambda trainer: None):
             "validated": {line["step"]: line["validation_loss"] for line in lines[1]},
         }
     ]
-    size = {len(trainer.train_data), len(trainer.valid_data)}
     shutdown()
-    return size
+    return trainer
 
 
 def on_validation_batch(trainer, number, action):
@@ -88,7 +88,10 @@ def watched(trainer):
 
 
 def main():
-    found["samples"] = sorted(train("straight"))
+    trainer = train("straight")
+    found["samples"] = [len(trainer.train_data), len(trainer.valid_data)]
+    lengths = trainer.train_data.datasets[0].dataset.sequence_lengths
+    found["an epoch"] = 2 * whole_samples(int(lengths.sum()), trainer.run.model.data.seq_length)
     train("crashed", prepare=lambda trainer: on_validation_batch(trainer, 1, crash))
     train("crashed")
     train("stopped", prepare=watched)

@@ -239,12 +239,23 @@ def save(
     return final
 
 
+def _read(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(sharded, str(path))
+    except CheckpointException as error:
+        causes = {" ".join(str(cause).split()) or repr(cause) for cause, _ in error.failures.values()}
+        raise ExactError(
+            f"the checkpoint {path} cannot be read: {'; '.join(sorted(causes)) or 'see the first rank'}. If it is damaged (an older "
+            "version's has no checksums.json that would tell), remove it: the run then goes on from the one before"
+        ) from error
+
+
 def load(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]:
     """Load weights, optimizer and schedule; returns the `state` that was saved."""
     sharded = _model_state(model)
     names = list(sharded)
     sharded["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=True, metadata=dict(_SHARDING))
-    loaded = dist_checkpointing.load(sharded, str(path))
+    loaded = _read(sharded, path)
     for name, chunk in zip(names, model):
         chunk.module.load_state_dict(loaded[name])
     optimizer.load_state_dict(loaded["optimizer"])
@@ -287,7 +298,7 @@ def load_weights(path: Path, model: list[Any]) -> None:
         for name, state in _model_state(model).items()
     }
     names = list(sharded)
-    loaded = dist_checkpointing.load(sharded, str(path))
+    loaded = _read(sharded, path)
     rows = stored[_VOCABULARY[0]].size[0]
     for name, chunk in zip(names, model):
         missing, unknown = chunk.module.load_state_dict(loaded[name], strict=False)

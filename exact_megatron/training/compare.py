@@ -63,7 +63,10 @@ class Arm:
         """Whether the last step is saved, and validated after that."""
         last, log = self.run.trainer.max_steps, self.folder / "validation.jsonl"
         lines = log.read_text().splitlines() if log.is_file() else []
-        return self.steps_done == last and bool(lines) and json.loads(lines[-1])["step"] == last
+        try:
+            return self.steps_done == last and bool(lines) and json.loads(lines[-1])["step"] == last
+        except json.JSONDecodeError:  # cut off by a kill
+            return False
 
 
 def compare(config_path: ConfigPath, overrides: list[str], base_seq_length: int, base_steps: int) -> None:

@@ -277,14 +277,14 @@ class Trainer:
         for chunk in self.model:
             chunk.eval()
         total: dict[str, list[float]] = {}
-        for _ in range(self.run.trainer.limit_val_batches):
+        for left in reversed(range(self.run.trainer.limit_val_batches)):
             report = self._run_schedule(loader, self.measure_func, forward_only=True)
             for name in [n for n in report if f"{n} targets" in report]:
                 count = report[f"{name} targets"]
                 entry = total.setdefault(name, [0.0, 0])
                 entry[0] += report[name] * count if count else 0.0
                 entry[1] += count
-            if self._stop:
+            if self._stop and left:
                 return None
         merged: dict[str, Any] = {}
         for name, (loss, count) in total.items():
