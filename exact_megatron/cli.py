@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import select
@@ -253,6 +254,8 @@ def run_census(args: argparse.Namespace) -> int:
 def run_train(args: argparse.Namespace) -> int:
     from .training.config import load_config
     from .training.launch import be_single_rank, is_rank, torchrun
+    from .training.lengths import check_lengths
+    from .training.run_lock import only_writer
     from .training.vocabulary import read_vocabulary
 
     if args.check:
@@ -260,6 +263,8 @@ def run_train(args: argparse.Namespace) -> int:
     run = load_config(args.config, args.overrides)
     if not is_rank():
         read_vocabulary(run)  # a bad input is one message here, and one a rank later
+    check_lengths(run)
+    if not is_rank():
         if run.trainer.num_nodes > 1:
             raise ValueError(
                 f"trainer.num_nodes={run.trainer.num_nodes}: start the ranks with torchrun on every node or with srun, "
@@ -269,18 +274,22 @@ def run_train(args: argparse.Namespace) -> int:
             config = [word for file in args.config or [] for word in ("--config", file)]
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // run.trainer.devices)))
             traceback = ["--traceback"] if args.traceback else []
+            with only_writer(run.exp_manager.exp_dir):  # the first rank takes it for the run
+                pass
             command = torchrun(run.trainer.devices, [*traceback, "train", *config, *args.overrides])
             os.execv(command[0], command)
         be_single_rank()
-    import torch
+    first = os.environ["RANK"] == "0"
+    with only_writer(run.exp_manager.exp_dir) if first else contextlib.nullcontext():
+        import torch
 
-    from .training.trainer import Trainer
+        from .training.trainer import Trainer
 
-    try:
-        Trainer(run).fit()
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        try:
+            Trainer(run).fit()
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from . import extras
 from .allocation import WeightTable
+from .blend import stored_order
 from .config import ExactConfig, ExactError
 from .exposure import ExposureCensus
 from .integrations.megatron_lm_plan import plan_masking, read_arguments, refusals, training_data
@@ -274,14 +275,20 @@ def native_run(config: list[str] | None, overrides: list[str], build: bool = Fal
             weights = [*table.lookup[: min(table.tail[0], 1)], *table.marks]
             plan["weights"] = ", ".join(f"{n}: {w:.4f}" for n, w in zip(table.part_names, weights)) or "all 1"
 
+    def lengths() -> None:
+        from .training.lengths import check_lengths
+
+        check_lengths(run)
+
     counted: dict[str, Any] = {}
     refused = _problems(vocabulary, start)
+    refused += _problems(lengths) if vocabularies else []
     if run.trainer.num_nodes == 1:
         refused += _problems(on_this_machine)
     else:
         plan["devices"] = f"not looked at: those of {run.trainer.num_nodes} nodes cannot be seen from here"
     if build:
-        refused += _problems(stream) if vocabularies else []
+        refused += _problems(stream) if not refused else []  # it builds what the rest has found to be sound
         found = {"enabled": run.model.exact.enabled, "documents": masking, "window": data.seq_length}
         return {**found, **counted, "plan": plan, "refused": refused}
     return _effect(run.model.exact, data.seq_length, prefixes, masking, data.eod_mask_loss, refused)
@@ -344,7 +351,12 @@ def _effect(
         config = exact.validated(seq_length)
         found.update(tau=config.tau, alpha=config.alpha, gamma=config.gamma)
         indices = [read_index(prefix) for prefix in prefixes()]
-        parts = [ExposureCensus.from_document_lengths(i.lengths, seq_length, eod_mask_loss=eod) for i in indices]
+        parts = [
+            ExposureCensus.from_document_lengths(
+                i.lengths, seq_length, document_index=stored_order(i.lengths, seq_length), eod_mask_loss=eod
+            )
+            for i in indices
+        ]
         if parts:
             table = WeightTable.from_census(sum(parts[1:], parts[0]), config)
             found.update(tail_share=table.tail_share, weighted_tail_share=table.weighted_tail_share, data=len(indices))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .files import writing
 from .packing import piece_histogram, stream_tokens
 
 
@@ -177,10 +178,15 @@ class ExposureCensus:
         """Write as JSON, atomically."""
         where = Path(path)
         where.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"seq_length": self.seq_length, "samples": self.samples, "counts": self.counts.tolist()})
+        facts = {"seq_length": self.seq_length, "samples": self.samples, "digest": self.digest}
+        text = json.dumps({**facts, "counts": self.counts.tolist()})
         handle, temporary = tempfile.mkstemp(dir=where.parent, prefix=where.name)
-        with os.fdopen(handle, "w") as stream:
-            stream.write(text)
+        try:
+            with writing(where), os.fdopen(handle, "w") as stream:
+                stream.write(text)
+        except OSError:
+            os.unlink(temporary)
+            raise
         os.chmod(temporary, 0o644)
         os.replace(temporary, where)
 
@@ -189,13 +195,18 @@ class ExposureCensus:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file is no census.
+            ValueError: the file is no census, or damaged.
         """
         try:
             data = json.loads(Path(path).read_text())
-            return cls(np.array(data["counts"], np.int64), data["seq_length"], data["samples"])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a census written by exact_megatron: remove it and count again") from error
+            census = cls(np.array(data["counts"], np.int64), data["seq_length"], data["samples"])
+            if data.get("digest", census.digest) != census.digest:  # older files have none
+                raise ValueError("its counts do not have its digest")
+        except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a census as exact_megatron wrote it ({error}): remove it, and it is counted again"
+            ) from error
+        return census
 
 
 def log2_bucket_edges(seq_length: int) -> np.ndarray:

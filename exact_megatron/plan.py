@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .allocation import WeightTable
+from .blend import stored_order
 from .determinism import CUDNN, attention_workspace
 from .exposure import ExposureCensus
 from .memory import ALLOCATOR, GIB, OVERHEAD, PARTS, attention_widths, linear_parameters, memory, parameters
@@ -195,6 +196,7 @@ def read_data(run: RunConfig) -> tuple[Data | None, list[str]]:
 
     Documents are taken in stored order, all of them: the run itself shuffles, repeats and cuts off the validation split.
     """
+    from .training.lengths import check_lengths
     from .training.vocabulary import data_prefixes
 
     data, blends = run.model.data, data_prefixes(run)
@@ -204,6 +206,9 @@ def read_data(run: RunConfig) -> tuple[Data | None, list[str]]:
     missing = [prefix for prefix in prefixes if not os.path.isfile(prefix + ".idx")]
     if missing:
         return None, missing
+    held_out = blends.get("validation")
+    if held_out is None or all(os.path.isfile(prefix + ".idx") for prefix in held_out[0]):
+        check_lengths(run)
     used = 1.0
     if "all" in blends:
         parts = [float(part) for part in data.splits_string.replace("/", ",").split(",")]
@@ -214,9 +219,10 @@ def read_data(run: RunConfig) -> tuple[Data | None, list[str]]:
     samples, s = run.trainer.max_steps * run.model.global_batch_size, data.seq_length
     facts, pairs, counts = [], 0.0, np.zeros(s + 1)
     for prefix, part, total, weight in zip(prefixes, lengths, tokens, share):
-        census = ExposureCensus.from_document_lengths(part, s, eod_mask_loss=data.eod_mask_loss)
+        order = stored_order(part, s)
+        census = ExposureCensus.from_document_lengths(part, s, document_index=order, eod_mask_loss=data.eod_mask_loss)
         counts += census.counts * (weight * samples / census.samples)
-        pieces = piece_histogram(part, s, samples=census.samples)
+        pieces = piece_histogram(part, s, document_index=order, samples=census.samples)
         size = np.arange(s + 1, dtype=np.float64)
         pairs += weight * float((pieces.ended + pieces.continued) @ (size * (size + 1) / 2)) / census.tokens
         facts.append(

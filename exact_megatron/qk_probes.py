@@ -152,6 +152,7 @@ def probe_run(run_dir: str | Path, batches: int, overrides: list[str]) -> dict[s
         **{key: [] for key in ("steps", *MEASURES)},
     }
     for path in track(found, description=Path(run_dir).name):
+        checkpoint.refuse_damaged(path)
         step = checkpoint.read_state(path)["step"]
         checkpoint.load_weights(path, trainer.model)
         probe = Probe()

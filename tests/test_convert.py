@@ -19,6 +19,7 @@ from ranks import launch
 from exact_megatron.convert.config_json import FAMILIES as KNOWN
 from exact_megatron.convert.config_json import model_settings
 from exact_megatron.convert.convert import hf_to_megatron, megatron_to_hf
+from exact_megatron.convert.weights import HuggingFaceWeights
 
 pytest.importorskip("transformers", reason="the reference; pip install exact-megatron[hf]")
 LENGTH = 64
@@ -340,6 +341,21 @@ def test_files_that_are_not_there(models, tmp_path):
         megatron_to_hf(tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match="the model has 2 KV heads"):
         hf_to_megatron(models / "llama3", tmp_path / "out", pad_kv_heads=1)
+
+
+def test_shards_without_their_index_are_read_when_all_are_there(tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = {name: torch.arange(4.0) for name in ("a", "b", "c")}
+    for number, name in enumerate(tensors, 1):
+        save_file({name: tensors[name]}, tmp_path / f"model-{number:05d}-of-00003.safetensors")
+    weights = HuggingFaceWeights(tmp_path, {name: (4,) for name in tensors})
+    assert all(torch.equal(weights[name], tensor) for name, tensor in tensors.items())
+    with pytest.raises(ValueError, match="lacks tensors: d"):
+        HuggingFaceWeights(tmp_path, {name: (4,) for name in "abcd"})
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model.safetensors.index.json, and no shard 2 of 3"):
+        HuggingFaceWeights(tmp_path, {name: (4,) for name in tensors})
 
 
 def test_inactive_sliding_windows_and_old_buffers_are_accepted(models, tmp_path):

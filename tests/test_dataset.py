@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import os
 
 import numpy as np
@@ -74,13 +75,30 @@ def test_census_equals_reading_the_samples(tmp_path, write_corpus, extra, epochs
     assert builder.census.samples == len(train)
 
 
-def test_blend_counts_each_member_by_what_is_drawn(tmp_path, write_corpus, one_rank):
+@pytest.mark.parametrize(
+    ("weights", "samples"), [([0.7, 0.3], 70), (None, 20), (None, 200)], ids=["weights", "once", "repeated"]
+)
+def test_blend_counts_each_member_by_what_is_drawn(tmp_path, write_corpus, one_rank, weights, samples):
+    """Without weights members are drawn by their size, and repeated alike where one epoch does not suffice."""
     rng = np.random.default_rng(5)
     a, b = uneven_lengths(rng, S, 50), uneven_lengths(rng, S, 20)
     shift = 1 << 20  # tells the members' tokens apart
     prefixes = [write_corpus(a, "a"), write_corpus(b, "b", tokens=np.arange(b.sum()) + shift)]
-    (train, _, _), builder = build(dataset_config(tmp_path, (prefixes, [0.7, 0.3])), [70, 0, 0])
-    assert isinstance(train, BlendedDataset) and len(train) == 70
+    (train, _, _), builder = build(dataset_config(tmp_path, (prefixes, weights)), [samples, 0, 0])
+    assert isinstance(train, BlendedDataset) and len(train) == samples
+    once = [(int(member.sum()) - 1) // S for member in (a, b)]
+    if samples == 200:
+        assert sum(once) < 200
+        drawn = np.bincount(train.dataset_index)
+        np.testing.assert_allclose(drawn / 200, np.array([a.sum(), b.sum()]) / (a.sum() + b.sum()), atol=0.01)
+    if samples == 20:
+        stock = BlendedMegatronDatasetBuilder(
+            GPTDataset, [20, 0, 0], lambda: True, dataset_config(tmp_path, (prefixes, None))
+        )
+        stock = stock.build()[0]
+        assert [len(member) for member in train.datasets] == once == [len(member) for member in stock.datasets]
+        np.testing.assert_array_equal(train.dataset_index, stock.dataset_index)
+        np.testing.assert_array_equal(train.datasets[0].shuffle_index, stock.datasets[0].shuffle_index)
 
     counts = np.zeros(S + 1, np.int64)
     for i in range(len(train)):
@@ -231,6 +249,64 @@ def test_stale_index_caches_are_refused(tmp_path, write_corpus):
         for exact in (ON, ExactConfig()):
             with pytest.raises(ValueError, match="index caches of .* were built from other data"):
                 build(config, [30, 0, 0], exact)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "garbage"])
+def test_a_damaged_index_cache_is_named(tmp_path, write_corpus, one_rank, kind):
+    rng = np.random.default_rng(3)
+    prefixes = [write_corpus(uneven_lengths(rng, S, 40), name) for name in "ab"]
+    config = dataset_config(tmp_path, (prefixes, None))
+    build(config, [30, 0, 0])
+    files = sorted((tmp_path / "cache").glob("*.npy"))
+    assert len(files) == 8, "three of each member and two of the blend"
+    for file in files:
+        whole = file.read_bytes()
+        broken = {"truncated": whole[:-9], "empty": b"", "garbage": b"\x80\x04" + whole[::-1]}[kind]
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match=f"the index cache {file} is damaged .*: remove it"):
+            build(config, [30, 0, 0], ExactConfig())
+        file.write_bytes(whole)
+    build(config, [30, 0, 0])
+
+
+def test_an_index_cache_with_other_numbers_is_named(tmp_path, write_corpus, one_rank):
+    rng = np.random.default_rng(3)
+    config = dataset_config(tmp_path, ([write_corpus(uneven_lengths(rng, S, 40), name) for name in "ab"], None))
+    datasets, _ = build(config, [30, 0, 0])
+    name = datasets[0].datasets[1].unique_description_hash
+    for pattern in (f"{name}-*-shuffle_index.npy", f"{name}-*-sample_index.npy", "*-Blended*-dataset_sample_index.npy"):
+        (file,) = (tmp_path / "cache").glob(pattern)
+        whole = file.read_bytes()
+        for at in (len(whole) - 8, len(whole) - 7):
+            flipped = bytearray(whole)
+            flipped[at] ^= 2
+            file.write_bytes(flipped)
+            with pytest.raises(ValueError, match=rf"damaged.*: remove {file.parent}/{file.name[:32]}-\*"):
+                build(config, [30, 0, 0], ExactConfig())
+        file.write_bytes(whole)
+    (file,) = (tmp_path / "cache").glob("*-census.json")
+    for broken in (b"", b"\xff\xfe", b"[]", b"{", file.read_bytes().replace(b": [", b": [1", 1)):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match=f"{file} is not a census .* remove it"):
+            build(config, [30, 0, 0])
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_caches_that_cannot_be_written_name_the_setting(tmp_path, write_corpus, one_rank, monkeypatch, code):
+    def refuse(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    config = dataset_config(tmp_path, ([write_corpus(uneven_lengths(np.random.default_rng(3), S, 40))], None))
+    monkeypatch.setattr(np, "save", refuse)
+    message = f"cannot be written to {tmp_path}/cache: {os.strerror(code)}.*model.data.index_mapping_dir=FOLDER"
+    with pytest.raises(RuntimeError, match=message):
+        build(config, [30, 0, 0])
+
+
+def test_a_member_shorter_than_a_window_is_named(tmp_path, write_corpus):
+    prefixes = [write_corpus(np.array([500] * 9, np.int32), "long"), write_corpus(np.array([5, 6], np.int32), "short")]
+    with pytest.raises(ValueError, match=r"short has no sample in the train split .*: 11 tokens, .* needs 49"):
+        build(dataset_config(tmp_path, (prefixes, None)), [30, 0, 0])
 
 
 def test_a_weighted_dataset_needs_the_hook(tmp_path, write_corpus):

@@ -357,7 +357,7 @@ def test_plan_refuses_before_anything_is_started(compare, tmp_path, overrides, w
 
 @pytest.fixture
 def fake_runs(compare, monkeypatch):
-    """No processes: a run leaves its config.yaml and the checkpoint of its last step."""
+    """No processes: a run leaves its config.yaml, the checkpoint of its last step and its validation."""
     launched = []
 
     def launch(command):
@@ -372,6 +372,7 @@ def fake_runs(compare, monkeypatch):
         launched.append(folder.name)
         (folder / "checkpoints" / f"step_{run.trainer.max_steps:08d}").mkdir(parents=True)
         (folder / "config.yaml").write_text(run.to_yaml())
+        (folder / "validation.jsonl").write_text(json.dumps({"step": run.trainer.max_steps}) + "\n")
         return 0
 
     monkeypatch.setattr(compare, "launch", launch)
@@ -394,6 +395,26 @@ def test_compare_trains_each_run_once_and_reports(compare, fake_runs, tmp_path, 
     assert fake_runs == ["report"]
     assert capsys.readouterr().err.count("done before") == 3
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == facts  # of the run that trained
+
+    arm = compare.plan(config, ["model.seed=7"], 128, 10)[2]
+    for validated in ("", '{"step": 5}\n', '{"ste'):  # ended between its last checkpoint and the validation of it
+        (arm.folder / "validation.jsonl").write_text(validated)
+        assert arm.steps_done == arm.run.trainer.max_steps and not arm.finished
+
+
+def test_compare_has_its_folder_for_itself(compare, fake_runs, tmp_path):
+    """A second one, in a process of its own, is refused."""
+    config = yaml_file(tmp_path)
+    script = "import sys, time; from exact_megatron.training.run_lock import only_writer\n"
+    script += "with only_writer(sys.argv[1]): print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script, tmp_path / "out"], stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        try:
+            with pytest.raises(RuntimeError, match=f"{tmp_path}/out is in use: .*pid {holder.pid},"):
+                compare.compare(config, ["model.seed=7"], 128, 10)
+        finally:
+            holder.kill()
+    assert not fake_runs
 
 
 def test_compare_refuses_a_folder_with_other_settings(compare, fake_runs, tmp_path):

@@ -13,6 +13,7 @@ import time
 import psutil
 import pytest
 import torch
+from ranks import launch
 from tiny import config_file, write_data
 
 STEPS = 8
@@ -192,3 +193,80 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(straight):
     done = subprocess.run(command(config, run_dir, "model.optim.lr=1e30"), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "of step 2 is nan: the run ends here" in done.stderr, done.stderr[-2000:]
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+@pytest.mark.parametrize("layout", [[], ["model.pipeline_model_parallel_size=2"]], ids=["dp2", "pp2"])
+def test_the_last_step_is_saved_before_it_is_validated_and_validation_can_be_stopped(straight, tmp_path, layout):
+    """On data of two members without weights, fewer samples than the steps and the validation draw."""
+    folder, config, *_ = straight
+    for name in "xyz":
+        for suffix in (".bin", ".idx"):
+            shutil.copyfile(folder / f"x{suffix}", tmp_path / f"{name}{suffix}")
+    overrides = [
+        f"model.data.data_prefix={{train: [{tmp_path}/x, {tmp_path}/y], validation: [{tmp_path}/y, {tmp_path}/z]}}",
+        "trainer.devices=2",
+        "model.global_batch_size=256",
+        "model.micro_batch_size=32",
+        *layout,
+    ]
+    launch("run_lifecycle.py", [str(config), str(tmp_path), str(tmp_path / "found.json"), *overrides], 2)
+    found = json.loads((tmp_path / "found.json").read_text())
+    saved = ["step_00000002", "step_00000003"]
+    assert found["samples"] == [768, 768] and found["an epoch"] < 768
+
+    first, again = found["straight"]
+    expected = {key: first[key] for key in ("losses", "validated")}
+    assert first["ended"] == "finished" and first["checkpoints"] == saved and list(first["validated"]) == ["3"]
+
+    crashed, resumed = found["crashed"]
+    assert crashed["ended"] == "crashed" and crashed["checkpoints"] == saved and not crashed["validated"]
+    assert resumed["begun"] == 3 and resumed["ended"] == "finished"
+    assert {key: resumed[key] for key in expected} == expected
+
+    stopped, resumed = found["stopped"]
+    assert stopped["ended"] == "stopped" and stopped["checkpoints"] == saved and not stopped["validated"]
+    assert resumed["begun"] == 3 and {key: resumed[key] for key in expected} == expected
+
+    stopped, resumed = found["between"]
+    assert stopped["ended"] == "stopped" and stopped["checkpoints"] == saved[:1] and len(stopped["losses"]) == 2
+    assert resumed["begun"] == 2 and list(resumed["validated"]) == ["2", "3"]
+    assert resumed["losses"] == expected["losses"] and resumed["validated"]["3"] == expected["validated"]["3"]
+    assert found["validation batches before the stop"] == 2
+
+    assert again["begun"] == 2 and again["checkpoints"] == [*saved, "step_00000003.damaged"]
+    assert {key: again[key] for key in expected} == expected, "from the newest whole checkpoint"
+
+
+def children(process):
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def test_one_writer_a_folder_and_no_orphans_after_kill(straight):
+    """With loader workers and a checkpoint's helpers alive: a second run is refused, and kill -9 frees the folder at once."""
+    folder, config, *_ = straight
+    run_dir = folder / "two_writers"
+    overrides = ["model.data.num_workers=2", "trainer.max_steps=1000"]
+    process = subprocess.Popen(command(config, run_dir, *overrides), stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: (run_dir / "checkpoints" / "step_00000002").exists(), process)
+        written = {path: path.read_bytes() for path in (run_dir / "config.yaml", run_dir / "weights.json")}
+        for others in (["model.seed=5"], ["trainer.devices=2"]):
+            done = subprocess.run(command(config, run_dir, *others), capture_output=True, text=True, timeout=60)
+            assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+            assert f"{run_dir} is in use" in done.stderr and f"pid {process.pid}," in done.stderr
+            assert "exp_manager.exp_dir=" in done.stderr
+        assert written == {path: path.read_bytes() for path in written}
+        assert process.poll() is None
+        started = children(process)
+        assert len(started) >= 3, "two workers, the checkpoint's queue, perhaps writers"
+        process.kill()
+        _, left = psutil.wait_procs(started, timeout=5)
+        assert not left
+    finally:
+        end_tree(process)
+    assert (run_dir / "run.lock").is_file()
+    done = subprocess.run(command(config, run_dir, "model.seed=5"), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "model.seed: checkpoint 1234, now 5" in done.stderr, (
+        "not locked out, but for its seed"
+    )
+    assert not (run_dir / "run.lock").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -174,6 +175,53 @@ def test_data_that_do_not_fit_are_refused(folder, tmp_path):
         assert read_vocabulary(load_config(folder / "tiny.yaml", ["model.override_vocab_size=null"])).vocab_size == 100
     finally:
         described.unlink()
+
+
+def test_splits_and_members_without_a_sample_are_refused_by_name(folder, tmp_path, write_corpus):
+    """Before anything starts, in plan and doctor too."""
+    from exact_megatron.doctor import native_run
+    from exact_megatron.plan import read_data
+    from exact_megatron.training.lengths import check_lengths
+
+    long, short, few = (str(tmp_path / name) for name in ("long", "short", "few"))
+    for prefix, lengths in ((long, [500] * 20), (short, [30, 10]), (few, [900] * 2)):
+        write_corpus(np.array(lengths), prefix, tokens=np.zeros(sum(lengths), np.int64))
+
+    def run(prefixes, *overrides):
+        return load_config(folder / "tiny.yaml", [f"model.data.data_prefix={prefixes}", *overrides])
+
+    valid = "trainer.limit_val_batches=2"
+    for prefixes, overrides, message in (
+        (
+            f"[{long}, {short}]",
+            ["model.data.splits_string=1"],
+            f"{short} has no sample in the train .*40 tokens, .* needs 65",
+        ),
+        (
+            f"{{train: [{long}], validation: [{long}, {short}]}}",
+            [valid],
+            f"{short} has no sample in the validation split",
+        ),
+        (f"[{long}, {few}]", [valid], f"the validation split of {few} holds no token .of 2 documents"),
+        (
+            f"[{long}]",
+            [valid, "model.data.splits_string='100,0,0'"],
+            "'100,0,0' has no share for the validation split.* 16 samples",
+        ),
+    ):
+        for look in (check_lengths, read_data):
+            with pytest.raises(ValueError, match=message):
+                look(run(prefixes, *overrides))
+        config = [str(folder / "tiny.yaml")]
+        refused = native_run(config, [f"model.data.data_prefix={prefixes}", *overrides])["refused"]
+        assert any(re.search(message, line) for line in refused), refused
+    for prefixes, overrides in (
+        (f"[{long}, {few}]", []),  # no validation asked for
+        (f"[0.9, {long}, 0.1, {short}]", ["model.data.splits_string=1"]),  # repeated by its weight
+        (f"[{long}, {short}]", ["model.data.splits_string=1", "trainer.max_steps=1000"]),  # repeated with the others
+    ):
+        check_lengths(run(prefixes, *overrides))
+        assert read_data(run(prefixes, *overrides))[0] is not None
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 
+from ..files import writing
 from ..tokenizer import RECORD, folder_identity, refuse_other_tokenizer, write_json
 from ..training import checkpoint
 from ..training.config import ModelConfig, RopeScalingConfig, RunConfig
@@ -234,7 +235,8 @@ def _whole(output: Path) -> Iterator[Path]:
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
     partial.mkdir(parents=True)
-    yield partial
+    with writing(partial):
+        yield partial
     partial.rename(output)
 
 

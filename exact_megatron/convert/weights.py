@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from ..training.checkpoint import read_state, stored_entries
+from ..training.checkpoint import read_state, refuse_damaged, stored_entries, write_checksums
 from .mapping import Tensor
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -56,7 +56,7 @@ class HuggingFaceWeights:
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
         listed: dict[str, str] = json.loads(index.read_bytes())["weight_map"] if index.is_file() else {}
-        files = sorted(set(listed.values())) or [single.name]
+        files = sorted(set(listed.values())) or ([single.name] if single.is_file() else self._shards()) or [single.name]
         if missing := [name for name in files if not (self.folder / name).is_file()]:
             raise FileNotFoundError(
                 f"{self.folder / missing[0]} does not exist: weights are read from safetensors; load others with transformers and "
@@ -90,6 +90,21 @@ class HuggingFaceWeights:
                     f"{self.folder}: {name} has the dtype {header.get_dtype()}; {', '.join(DTYPES)} are converted"
                 )
             self.dtypes[name] = DTYPES[header.get_dtype()]
+
+    def _shards(self) -> list[str]:
+        """The files of a model without index.json, when all are there (what tensors they lack, the caller says); else nothing."""
+        shard = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
+        found = {f.name: match for f in self.folder.glob("*.safetensors") if (match := shard.fullmatch(f.name))}
+        if not found:
+            return []
+        counts = {int(match[2]) for match in found.values()}
+        numbers = {int(match[1]) for match in found.values()}
+        if len(counts) > 1 or (missing := sorted(set(range(1, max(counts) + 1)) - numbers)):
+            what = "shards of several models" if len(counts) > 1 else f"no shard {', '.join(map(str, missing))}"
+            raise FileNotFoundError(
+                f"{self.folder} has no model.safetensors.index.json, and {what} of {max(counts)}: fetch the model again"
+            )
+        return sorted(found)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._files[self._file_of[name]].get_tensor(name)
@@ -197,6 +212,7 @@ def write_checkpoint(
     dcp.save({}, storage_writer=dcp.FileSystemWriter(path, thread_count=1), planner=planner, no_dist=True)
     torch.save(common, path / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(path))
+    write_checksums(path)
 
 
 class _SlicePlanner(dcp.DefaultLoadPlanner):
@@ -234,6 +250,7 @@ class MegatronCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        refuse_damaged(path)
         self.state = read_state(path)
         entries = stored_entries(path).items()
         model = {k: e for k, e in entries if isinstance(e, TensorStorageMetadata) and not k.startswith("optimizer.")}

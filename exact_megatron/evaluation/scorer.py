@@ -95,6 +95,7 @@ class MegatronScorer:
         from ..training.model import build_chunks
         from ..training.trainer import init_distributed
 
+        checkpoint.refuse_damaged(path)
         state = checkpoint.read_state(path)
         run = scoring_config(state, dtype, tensor_parallel)
         # Padding of the vocabulary depends on the training layout: the checkpoint knows its size.

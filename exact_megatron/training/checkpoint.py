@@ -1,13 +1,19 @@
 """Checkpoints by megatron.core.dist_checkpointing: any layout loads what any other saved.
 
 A run directory holds `checkpoints/step_00000100/`, ... A checkpoint is written to a name that ends in `.partial` and renamed when
-every rank has finished, so that a directory without the ending is whole.
+every rank has finished, so that a directory without the ending was whole once. `checksums.json` in it says what was written: size and
+CRC-32 of every file, by which later damage is found.
+
+Loading a checkpoint unpickles Python objects, which can run any code: load only what you trust.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +27,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ..config import ExactConfig, ExactError
 from ..tokenizer import UNKNOWN, Identity
 from .config import RunConfig
+from .processes import end_checkpoint_queue_with_this_process
 
 _STEP = re.compile(r"step_(\d+)$")
 # Optimizer state per parameter, as a plain optimizer has it: loads under any tensor, pipeline and data parallel size.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 CONTENT = {"content_metadata": _SHARDING}  # as dist_checkpointing.save stores it
+CHECKSUMS = "checksums.json"
+_ALWAYS = (".metadata", "common.pt", "metadata.json")  # files of every checkpoint
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -52,6 +61,123 @@ def find_checkpoint(path: str | Path) -> Path:
     return found[-1]
 
 
+def _checksum(path: Path) -> tuple[int, str]:
+    """Size in bytes and CRC-32 (hexadecimal) of a file."""
+    size, crc, block = 0, 0, bytearray(1 << 20)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            crc = zlib.crc32(memoryview(block)[:count], crc)
+            size += count
+    return size, f"{crc:08x}"
+
+
+def _checksums(paths: list[Path]) -> dict[str, tuple[int, str]]:
+    with ThreadPoolExecutor(4) as threads:  # zlib releases the GIL
+        return dict(zip([path.name for path in paths], threads.map(_checksum, paths)))
+
+
+def write_checksums(path: Path) -> None:
+    """Write `checksums.json` for the files of a new checkpoint. Call it on all ranks: each reads what it wrote, from its page cache."""
+    ranks = _ranks()
+    writer = re.compile(r"__(\d+)_\d+\.distcp")
+    # A rank lists a folder of a shared file system late: what others wrote is theirs.
+    mine = [f for f in path.iterdir() if int(match[1] if (match := writer.fullmatch(f.name)) else 0) == ranks[0]]
+    parts = _gathered(_checksums(sorted(mine)))
+    if ranks[0] == 0:
+        files = dict(sorted(entry for part in parts for entry in part.items()))
+        (path / CHECKSUMS).write_text(json.dumps({"algorithm": "crc32", "files": files}, indent=1) + "\n")
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, by its checksums.json; None: nothing.
+
+    Of a checkpoint without that file (an older version's) only the names are known. Call it on all ranks: each reads a share.
+    """
+    return next(filter(None, _gathered(_damage_of_share(path, *_ranks()))), None)
+
+
+def _damage_of_share(path: Path, rank: int, world: int) -> str | None:
+    for name in _ALWAYS:
+        if not (path / name).is_file():
+            return f"{path / name} is missing"
+    if not (path / CHECKSUMS).is_file():
+        return None
+    try:
+        files = json.loads((path / CHECKSUMS).read_text())["files"]
+        known = {str(name): (int(size), str(crc)) for name, (size, crc) in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{path / CHECKSUMS} is not what was written"
+    if unlisted := set(_ALWAYS) - known.keys():
+        return f"{path / CHECKSUMS} does not list {', '.join(sorted(unlisted))}"
+    for name, (size, _) in sorted(known.items()):  # the quick look first
+        if not (path / name).is_file():
+            return f"{path / name} is missing"
+        if (path / name).stat().st_size != size:
+            return f"{path / name} has {(path / name).stat().st_size} bytes, {size} were written"
+    share = sorted(known, key=lambda name: known[name])[rank::world]
+    found = _checksums([path / name for name in share])
+    return next(
+        (f"{path / name} holds other bytes than were written" for name in share if found[name] != known[name]), None
+    )
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, so that it is none: step_N.damaged."""
+    aside = path.with_name(path.name + ".damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def refuse_damaged(path: Path) -> None:
+    """Raise ValueError for a checkpoint that is not whole, with the newest older one that is. Call it on all ranks."""
+    if problem := damage(path):
+        others = [p for p in reversed(checkpoints(path.parent.parent)) if p != path]
+        whole = next((p for p in others if damage(p) is None), None)
+        raise ValueError(
+            f"the checkpoint {path} is damaged: {problem}. "
+            + (
+                f"{whole} is whole: name that one"
+                if whole
+                else "No other checkpoint beside it is whole: fetch or make it again"
+            )
+        )
+
+
+def newest_whole(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest whole checkpoint of a run (None: there is no checkpoint), and the damage of those after it. Call it on all ranks.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(checkpoints(run_dir)):
+        problem = damage(path)
+        if problem is None:
+            return path, damaged
+        damaged[path] = problem
+    if damaged:
+        raise ValueError(
+            f"no checkpoint of {run_dir} is whole: {'; '.join(damaged.values())}. Put a whole one there, or remove "
+            f"{', '.join(map(str, damaged))} to start anew"
+        )
+    return None, damaged
+
+
+def _ranks() -> tuple[int, int]:
+    """This rank and their number; (0, 1) without a process group."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _gathered(value: Any) -> list[Any]:
+    """The values of all ranks, on each."""
+    values = [value] * _ranks()[1]
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def _model_state(model: list[Any]) -> dict[str, Any]:
     # A copy for each call: megatron.core writes the process group of the moment into it.
     names = ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
@@ -69,6 +195,7 @@ def save(
     Raises:
         ExactError: a rank could not write its part, the disk is full for example.
     """
+    end_checkpoint_queue_with_this_process()
     final = Path(run_dir, "checkpoints", f"step_{step:08d}")
     partial = final.with_name(final.name + ".partial")
     first = torch.distributed.get_rank() == 0
@@ -85,10 +212,13 @@ def save(
     sharded["state"] = state
     try:
         dist_checkpointing.save(sharded, str(partial), content_metadata=dict(_SHARDING))
-    except CheckpointException as error:
-        causes = {
-            " ".join(str(cause).split()) or repr(cause) for cause, _ in error.failures.values()
-        }  # on the first rank only
+        torch.distributed.barrier()
+        write_checksums(partial)
+    # RuntimeError: torch.save of the small common file
+    except (CheckpointException, OSError, RuntimeError) as error:
+        failures = getattr(error, "failures", None)  # on the first rank only
+        reasons = [error] if failures is None else [cause for cause, _ in failures.values()]
+        causes = {" ".join(str(cause).split()) or repr(cause) for cause in reasons}
         kept = checkpoints(run_dir)
         free = shutil.disk_usage(partial).free / 1e9
         raise ExactError(
@@ -110,6 +240,17 @@ def save(
     return final
 
 
+def _read(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(sharded, str(path))
+    except CheckpointException as error:
+        causes = {" ".join(str(cause).split()) or repr(cause) for cause, _ in error.failures.values()}
+        raise ExactError(
+            f"the checkpoint {path} cannot be read: {'; '.join(sorted(causes)) or 'see the first rank'}. If it is damaged (an older "
+            "version's has no checksums.json that would tell), remove it: the run then goes on from the one before"
+        ) from error
+
+
 def load(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]:
     """Load weights, optimizer and schedule; returns the `state` that was saved.
 
@@ -118,7 +259,7 @@ def load(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> dict[s
     sharded = _stored_state(path, model)
     names = list(sharded)
     sharded["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=True, metadata=dict(_SHARDING))
-    loaded = dist_checkpointing.load(sharded, str(path))
+    loaded = _read(sharded, path)
     _set_weights(path, model, [loaded[name] for name in names])
     optimizer.load_state_dict(loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
@@ -126,8 +267,17 @@ def load(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> dict[s
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The `state` of a checkpoint, see `describe`, without its tensors; needs no process group."""
-    return dist_checkpointing.load_common_state_dict(str(path))["state"]
+    """The `state` of a checkpoint, see `describe`, without its tensors; needs no process group.
+
+    Raises:
+        ValueError: common.pt is damaged, or no checkpoint's.
+    """
+    try:
+        return dist_checkpointing.load_common_state_dict(str(path))["state"]
+    except Exception as error:  # whatever unpickling makes of other bytes
+        raise ValueError(
+            f"{path / 'common.pt'} cannot be read ({' '.join(str(error).split()) or repr(error)})"
+        ) from error
 
 
 def tokenizer_of(state: dict[str, Any]) -> Identity:
@@ -168,7 +318,7 @@ def load_weights(path: Path, model: list[Any]) -> None:
     """
     sharded = _stored_state(path, model)
     names = list(sharded)
-    loaded = dist_checkpointing.load(sharded, str(path))
+    loaded = _read(sharded, path)
     _set_weights(path, model, [loaded[name] for name in names])
     rows = stored_entries(path)[_VOCABULARY[0]].size[0]
     for chunk in model:

@@ -21,6 +21,7 @@ from ..config import ExactError
 from ..machine import machine
 from .config import ConfigPath, RunConfig, config_paths, load_config
 from .launch import is_rank, torchrun
+from .run_lock import only_writer
 
 # Settings that may change between a run and its repetition, since its numbers do not depend on them.
 _HARMLESS = (
@@ -59,6 +60,16 @@ class Arm:
         found = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.glob("checkpoints/step_*"))
         return max((int(match[1]) for match in found if match), default=0)
 
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is saved, and validated after that."""
+        last, log = self.run.trainer.max_steps, self.folder / "validation.jsonl"
+        lines = log.read_text().splitlines() if log.is_file() else []
+        try:
+            return self.steps_done == last and bool(lines) and json.loads(lines[-1])["step"] == last
+        except json.JSONDecodeError:  # cut off by a kill
+            return False
+
 
 def compare(config_path: ConfigPath, overrides: list[str], base_seq_length: int, base_steps: int) -> None:
     """Train `base`, `baseline` and `exact` in exp_manager.exp_dir, and write the report there.
@@ -81,6 +92,13 @@ def compare(config_path: ConfigPath, overrides: list[str], base_seq_length: int,
     if is_rank():
         raise ValueError("start `exact-megatron compare` once, not under torchrun or srun: it starts the ranks itself")
     arms = plan(config_path, overrides, base_seq_length, base_steps)
+    with only_writer(arms[0].folder.parent):
+        _compare(arms, config_path, overrides, base_seq_length, base_steps)
+
+
+def _compare(
+    arms: list[Arm], config_path: ConfigPath, overrides: list[str], base_seq_length: int, base_steps: int
+) -> None:
     for arm in arms:
         _refuse_other_run(arm)
     if arms[0].run.trainer.devices > 1:
@@ -94,14 +112,14 @@ def compare(config_path: ConfigPath, overrides: list[str], base_seq_length: int,
     trained = False
     for number, arm in enumerate(arms, 1):
         headline = f"{arm.name} ({number} of {len(arms)}): {arm.what}"
-        if arm.steps_done == arm.run.trainer.max_steps:
+        if arm.finished:
             print(f"== {headline}: done before", file=sys.stderr, flush=True)
             continue
         print(f"== {headline}", file=sys.stderr, flush=True)
         code = launch(arm.command)
         if code:
             raise ExactError(f"the run {arm.name} failed with exit code {code}; its messages are above")
-        if arm.steps_done < arm.run.trainer.max_steps:
+        if not arm.finished:
             raise ExactError(
                 f"the run {arm.name} was stopped after step {arm.steps_done} of {arm.run.trainer.max_steps} "
                 "(exit code 0): the same command goes on from there"

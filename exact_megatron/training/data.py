@@ -45,6 +45,9 @@ def build_datasets(run: RunConfig, vocabulary: Vocabulary, loss: ExactLoss) -> t
         create_attention_mask=False,
         **where,
     )
+    # A share that nobody asked for is not built, and need not hold a sample.
+    asked = [part if size else None for part, size in zip(config.split_matrix or [], sizes)]
+    config.split_matrix = asked or None  # type: ignore[assignment]
     builder = ExactDatasetBuilder(
         GPTDataset,
         sizes,
@@ -55,8 +58,12 @@ def build_datasets(run: RunConfig, vocabulary: Vocabulary, loss: ExactLoss) -> t
         emit_cu_seqlens=data.document_masking,
     )
     datasets = builder.build()
-    if not sizes[1]:  # a split by ratio is built without being asked for
-        datasets[1] = None
+    for name, dataset, size in zip(("training", "validation"), datasets, sizes):
+        if dataset is not None and len(dataset) < size:
+            raise ValueError(
+                f"the {name} data hold {len(dataset)} samples, the run needs {size} (trainer.max_steps or trainer.limit_val_batches x "
+                f"model.global_batch_size={run.model.global_batch_size}): give more data or fewer steps"
+            )
     return datasets, builder
 
 

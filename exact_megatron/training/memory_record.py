@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core import parallel_state
 
+from ..files import writing
+
 if TYPE_CHECKING:
     from .trainer import Trainer
 
@@ -19,7 +21,9 @@ def record_memory(trainer: Trainer) -> None:
     torch.distributed.all_gather_object(ranks, rank_memory(trainer))
     if trainer.is_first:
         record = {"step": trainer.step, "vocab_size": trainer.vocabulary.vocab_size, "ranks": ranks}
-        Path(trainer.run_dir, "memory.json").write_text(json.dumps(record, indent=1) + "\n")
+        path = Path(trainer.run_dir, "memory.json")
+        with writing(path):
+            path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def rank_memory(trainer: Trainer) -> dict[str, Any]:

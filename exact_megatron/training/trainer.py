@@ -32,6 +32,7 @@ from .config import RunConfig
 from .data import STOP_SIGNALS, build_datasets, build_loader, get_batch
 from .memory_record import record_memory
 from .model import build_model, build_optimizer
+from .processes import end_forks_with_this_process
 from .runlog import RunLog
 from .vocabulary import ACCEPT_TOKENIZER, read_vocabulary
 
@@ -109,6 +110,7 @@ class Trainer:
 
     def __init__(self, run: RunConfig, progress: bool = True) -> None:
         self.run = run
+        end_forks_with_this_process()
         self.device = init_distributed(run)
         self.is_first = torch.distributed.get_rank() == 0
         self.console = Console(stderr=True, quiet=not (self.is_first and progress))
@@ -160,20 +162,29 @@ class Trainer:
             self.console.print(remark, highlight=False, soft_wrap=True)
 
     def _restore(self) -> None:
-        found = checkpoint.checkpoints(self.run_dir)
-        if found and not self.run.exp_manager.resume_if_exists:
+        if checkpoint.checkpoints(self.run_dir) and not self.run.exp_manager.resume_if_exists:
             raise ValueError(
                 f"{self.run_dir} holds checkpoints, and exp_manager.resume_if_exists=false: choose another exp_manager.exp_dir or "
                 "remove them"
             )
-        if found:
-            self._compare_tokenizers(found[-1])
-            state = checkpoint.load(found[-1], self.model, self.optimizer, self.scheduler)
+        newest, self._damaged = checkpoint.newest_whole(self.run_dir)
+        if newest is not None:
+            for path, problem in self._damaged.items():
+                self.console.print(
+                    f"WARNING: the checkpoint {path} is damaged: {problem}. The run goes on from {newest}, and keeps the damaged one as "
+                    f"{path.name}.damaged",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+            state = checkpoint.read_state(newest)
+            self._compare_tokenizers(newest)
             checkpoint.refuse_changed_run(state, self.state(), self.run)
+            checkpoint.load(newest, self.model, self.optimizer, self.scheduler)
             self.step = state["step"]
-            self.console.print(f"resumed from {found[-1]}")
+            self.console.print(f"resumed from {newest}")
         elif self.run.restore_from_path is not None:
             path = checkpoint.find_checkpoint(self.run.restore_from_path)
+            checkpoint.refuse_damaged(path)
             state = checkpoint.read_state(path)
             self._compare_tokenizers(path)
             positions = checkpoint.refuse_other_model(state, self.run, self.vocabulary.vocab_size)
@@ -275,19 +286,25 @@ class Trainer:
         return line
 
     @torch.no_grad()
-    def validate(self) -> dict[str, Any]:
-        """Unweighted loss on the validation data, whole and in every log2 bucket; the same samples at every call."""
+    def validate(self) -> dict[str, Any] | None:
+        """Unweighted loss on the validation data, whole and in every log2 bucket; the same samples at every call.
+
+        Returns:
+            The line for validation.jsonl; None where a stop signal came before its last batch.
+        """
         loader = iter(build_loader(self.run, self.valid_data, self.vocabulary, consumed=0))
         for chunk in self.model:
             chunk.eval()
         total: dict[str, list[float]] = {}
-        for _ in range(self.run.trainer.limit_val_batches):
+        for left in reversed(range(self.run.trainer.limit_val_batches)):
             report = self._run_schedule(loader, self.measure_func, forward_only=True)
             for name in [n for n in report if f"{n} targets" in report]:
                 count = report[f"{name} targets"]
                 entry = total.setdefault(name, [0.0, 0])
                 entry[0] += report[name] * count if count else 0.0
                 entry[1] += count
+            if self._stop and left:
+                return None
         merged: dict[str, Any] = {}
         for name, (loss, count) in total.items():
             merged[name] = loss / count if count else None
@@ -295,9 +312,15 @@ class Trainer:
         return {"step": self.step, "validation_loss": merged["lm loss"], "buckets": _buckets(merged)}
 
     def fit(self) -> str:
-        """Train to trainer.max_steps, or until a stop signal; returns "finished" or "stopped"."""
+        """Train to trainer.max_steps, or until a stop signal; returns "finished" or "stopped".
+
+        A step is saved before it is validated. A run that was ended between the two validates first when it goes on.
+        """
         run, trainer = self.run, self.run.trainer
         params = run.exp_manager.checkpoint_callback_params
+        if self.is_first:
+            for path in self._damaged:
+                checkpoint.set_aside(path)
         log = RunLog(self) if self.is_first else None
         loader = iter(build_loader(run, self.train_data, self.vocabulary, self.step * run.model.global_batch_size))
         # A signal that whoever started this rank has it ignore stays ignored, by the checkpoint's helper processes too.
@@ -305,35 +328,54 @@ class Trainer:
         previous = {s: signal.signal(s, self._on_signal) for s in heard}
         saved, first = self.step, self.step + 1
         try:
-            while self.step < trainer.max_steps:
+            done = self._validated_before(log)
+            while True:
+                if self._validation_due() and not done and not self._stop:
+                    result = self.validate()
+                    done = result is not None
+                    if log and result is not None:
+                        log.validation(result)
+                if self._stop and (self.step < trainer.max_steps or (self._validation_due() and not done)):
+                    if saved != self.step:
+                        saved = self._save(log)
+                    if log:
+                        log.message(f"stopped by a signal after step {saved}; the same command goes on from there")
+                    return "stopped"
+                if self.step >= trainer.max_steps:
+                    return "finished"
                 line = self.train_step(loader)
+                done = False
                 if log:
                     log.step(line)
                 last = self.step == trainer.max_steps
                 if last or self._stop or self.step == first:
                     record_memory(self)
-                if self.valid_data is not None and (
-                    last or (trainer.val_check_interval and self.step % trainer.val_check_interval == 0)
-                ):
-                    result = self.validate()
-                    if log:
-                        log.validation(result)
                 every = params.every_n_train_steps
                 if self._stop or (last and params.save_last) or (every and self.step % every == 0):
-                    path = self.save()
-                    saved = self.step
-                    if log:
-                        log.message(f"saved {path}")
-                if self._stop and not last:
-                    if log:
-                        log.message(f"stopped by a signal after step {saved}; the same command goes on from there")
-                    return "stopped"
+                    saved = self._save(log)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             if log:
                 log.close()
-        return "finished"
+
+    def _save(self, log: RunLog | None) -> int:
+        path = self.save()
+        if log:
+            log.message(f"saved {path}")
+        return self.step
+
+    def _validation_due(self) -> bool:
+        """Whether the step that is done is one after which the run validates."""
+        trainer = self.run.trainer
+        regular = trainer.val_check_interval and self.step % trainer.val_check_interval == 0
+        return self.valid_data is not None and self.step > 0 and bool(self.step == trainer.max_steps or regular)
+
+    def _validated_before(self, log: RunLog | None) -> bool:
+        """Whether validation.jsonl has the step that the run goes on from, on all ranks."""
+        found = [log is not None and log.validated == self.step]
+        torch.distributed.broadcast_object_list(found, src=0)
+        return found[0]
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._signalled and number == signal.SIGINT:  # a second Ctrl-C does not wait for the checkpoint
