@@ -24,13 +24,14 @@ def _ranks(config: RunConfig) -> None:
     if config.world_size % (tp * pp * cp):
         raise ValueError(
             f"{config.world_size} ranks (trainer.devices={t.devices} x trainer.num_nodes={t.num_nodes}) cannot be divided into groups "
-            f"of tensor {tp} x pipeline {pp} x context {cp} = {tp * pp * cp}: change one of these sizes"
+            f"of tensor {tp} x pipeline {pp} x context {cp} = {tp * pp * cp}: change one of these sizes, "
+            "model.tensor_model_parallel_size, model.pipeline_model_parallel_size or model.context_parallel_size"
         )
     group = m.micro_batch_size * config.data_parallel_size
     if m.global_batch_size % group:
         raise ValueError(
             f"model.global_batch_size={m.global_batch_size} must be a multiple of model.micro_batch_size={m.micro_batch_size} x "
-            f"{config.data_parallel_size} data-parallel ranks = {group}"
+            f"{config.data_parallel_size} data-parallel ranks = {group} (trainer.devices={t.devices} x trainer.num_nodes={t.num_nodes})"
         )
 
 
