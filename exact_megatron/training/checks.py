@@ -40,7 +40,9 @@ def _layers(config: RunConfig) -> None:
     tp, pp, vpp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size
     if m.num_layers % (pp * (vpp or 1)):
         raise ValueError(
-            f"model.num_layers={m.num_layers} must be a multiple of the {pp * (vpp or 1)} (virtual) pipeline stages"
+            f"model.num_layers={m.num_layers} must be a multiple of the {pp * (vpp or 1)} (virtual) pipeline stages: "
+            f"model.pipeline_model_parallel_size={pp}"
+            + (f" x model.virtual_pipeline_model_parallel_size={vpp}" if vpp is not None else "")
         )
     if m.ffn_hidden_size % tp:
         raise ValueError(
