@@ -69,7 +69,7 @@ VALUES = st.one_of(
 )
 
 
-@examples(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(key=st.sampled_from(KEYS), value=VALUES)
 @example(key="model.activations_checkpoint_num_layers", value="0")
 @example(key="model.optim.betas", value="[0.9]")

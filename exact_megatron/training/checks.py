@@ -25,13 +25,14 @@ def _ranks(config: RunConfig) -> None:
     if config.world_size % (tp * pp * cp):
         raise ValueError(
             f"{config.world_size} ranks (trainer.devices={t.devices} x trainer.num_nodes={t.num_nodes}) cannot be divided into groups "
-            f"of tensor {tp} x pipeline {pp} x context {cp} = {tp * pp * cp}: change one of these sizes"
+            f"of tensor {tp} x pipeline {pp} x context {cp} = {tp * pp * cp}: change one of these sizes, "
+            "model.tensor_model_parallel_size, model.pipeline_model_parallel_size or model.context_parallel_size"
         )
     group = m.micro_batch_size * config.data_parallel_size
     if m.global_batch_size % group:
         raise ValueError(
             f"model.global_batch_size={m.global_batch_size} must be a multiple of model.micro_batch_size={m.micro_batch_size} x "
-            f"{config.data_parallel_size} data-parallel ranks = {group}"
+            f"{config.data_parallel_size} data-parallel ranks = {group} (trainer.devices={t.devices} x trainer.num_nodes={t.num_nodes})"
         )
 
 
@@ -40,7 +41,9 @@ def _layers(config: RunConfig) -> None:
     tp, pp, vpp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size
     if m.num_layers % (pp * (vpp or 1)):
         raise ValueError(
-            f"model.num_layers={m.num_layers} must be a multiple of the {pp * (vpp or 1)} (virtual) pipeline stages"
+            f"model.num_layers={m.num_layers} must be a multiple of the {pp * (vpp or 1)} (virtual) pipeline stages: "
+            f"model.pipeline_model_parallel_size={pp}"
+            + (f" x model.virtual_pipeline_model_parallel_size={vpp}" if vpp is not None else "")
         )
     if m.ffn_hidden_size % tp:
         raise ValueError(
