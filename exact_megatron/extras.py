@@ -6,6 +6,7 @@ from __future__ import annotations
 MODULES = {
     "tokenizers": "prepare",
     "zstandard": "prepare",
+    "pyarrow": "prepare",
     "rich": "report",
     "matplotlib": "report",
     "torch": "train",
