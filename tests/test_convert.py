@@ -152,6 +152,7 @@ def save_as_stage(converted: Path, run: Path, overrides: list[str]) -> None:
     common = torch.load(path / "common.pt")
     common["state"]["config"] = load_config(converted / "model.yaml", [*data, *overrides]).to_yaml()
     torch.save(common, path / "common.pt")
+    checkpoint.write_checksums(path)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *PADDED])

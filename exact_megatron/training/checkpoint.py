@@ -81,7 +81,8 @@ def write_checksums(path: Path) -> None:
     ranks = _ranks()
     writer = re.compile(r"__(\d+)_\d+\.distcp")
     # A rank lists a folder of a shared file system late: what others wrote is theirs.
-    mine = [f for f in path.iterdir() if int(match[1] if (match := writer.fullmatch(f.name)) else 0) == ranks[0]]
+    owners = {f: int(match[1]) if (match := writer.fullmatch(f.name)) else 0 for f in path.iterdir()}
+    mine = [f for f, owner in owners.items() if owner == ranks[0] and f.name != CHECKSUMS]
     parts = _gathered(_checksums(sorted(mine)))
     if ranks[0] == 0:
         files = dict(sorted(entry for part in parts for entry in part.items()))
