@@ -281,14 +281,14 @@ def native_run(config: list[str] | None, overrides: list[str], build: bool = Fal
         check_lengths(run)
 
     counted: dict[str, Any] = {}
-    refused = _problems(vocabulary, start)
-    refused += _problems(lengths) if vocabularies else []
+    unusable = _problems(vocabulary) or _problems(lengths)
+    refused = unusable + _problems(start)
     if run.trainer.num_nodes == 1:
         refused += _problems(on_this_machine)
     else:
         plan["devices"] = f"not looked at: those of {run.trainer.num_nodes} nodes cannot be seen from here"
     if build:
-        refused += _problems(stream) if not refused else []  # it builds what the rest has found to be sound
+        refused += _problems(stream) if not unusable else []
         found = {"enabled": run.model.exact.enabled, "documents": masking, "window": data.seq_length}
         return {**found, **counted, "plan": plan, "refused": refused}
     return _effect(run.model.exact, data.seq_length, prefixes, masking, data.eod_mask_loss, refused)
