@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch.distributed.checkpoint.api import CheckpointException
 
 from exact_megatron.training import checkpoint
 from exact_megatron.training.config import load_config
-from exact_megatron.training.model import build_chunks
+from exact_megatron.training.model import build_chunks, build_model, build_optimizer
 
 pytestmark = pytest.mark.te
 
@@ -125,3 +127,44 @@ def test_resume_names_missing_weights(parallel_state, tmp_path):
     path = checkpoint.save(tmp_path, 1, [first], Nothing(), Nothing(), {}, -1)
     with pytest.raises(CheckpointException, match="linear_qkv.bias"):
         checkpoint.load(path, [second], Nothing(), Nothing())
+
+
+@pytest.mark.parametrize("name", ["adam", "mcore_distributed_optim"])
+@pytest.mark.parametrize("saved, loaded", [(False, True), (True, False)], ids=["local-te", "te-local"])
+def test_optimizer_goes_along(parallel_state, monkeypatch, tmp_path, saved, loaded, name):
+    """Adam's moments of each weight, on a resume with the other kind of layers; torch's Adam, since Transformer Engine's is CUDA."""
+    import megatron.core.optimizer as core
+
+    monkeypatch.setattr(core, "USING_PYTORCH_OPTIMIZER", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(core.distrib_optimizer, "HAVE_APEX_OR_TE", False)
+    for module in (core, core.distrib_optimizer):
+        monkeypatch.setattr(module, "Adam", torch.optim.AdamW)
+
+    def start(seed, engine):
+        settings = [f"model.optim.name={name}", f"model.transformer_engine={str(engine).lower()}"]
+        run = load_config(
+            None, [*MODEL, f"model.data.data_prefix=[{tmp_path}/x]", f"exp_manager.exp_dir={tmp_path}", *settings]
+        )
+        model = build_model(run, 128, torch.device("cpu"))
+        optimizer, scheduler = build_optimizer(run, model)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model[0].parameters():
+            parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+        for inner in optimizer.chained_optimizers:
+            inner.prepare_grads()
+            inner.step_with_ready_grads()
+        return model, optimizer, scheduler
+
+    def moments(model, optimizer):
+        state = optimizer.sharded_state_dict(model[0].module.sharded_state_dict(), metadata=dict(checkpoint._SHARDING))
+        return {(t.key, t.global_offset): t.data.clone() for t in nested_values(state) if isinstance(t, ShardedTensor)}
+
+    first, second = start(0, saved), start(1, loaded)
+    path = checkpoint.save(tmp_path, 1, *first, {"step": 1}, -1)
+    before = moments(*second[:2])
+    checkpoint.load(path, *second)
+    expected, found = moments(*first[:2]), moments(*second[:2])
+    assert expected.keys() == found.keys() and len(found) > 30
+    for key, moment in expected.items():
+        assert torch.equal(found[key], moment) and not torch.equal(before[key], moment), key
