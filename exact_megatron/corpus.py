@@ -133,7 +133,9 @@ def list_files(
 def needs(package: str, path: str) -> None:
     """Raise ValueError with the pip command if ``package``, which reads ``path``, is not installed."""
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"{path}: reading it needs {package}, which is not installed: pip install 'exact-megatron[prepare]'")
+        raise ValueError(
+            f"{path}: reading it needs {package}, which is not installed: pip install 'exact-megatron[prepare]'"
+        )
 
 
 def _list_folder(
