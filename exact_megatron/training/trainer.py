@@ -22,7 +22,7 @@ from rich.console import Console
 
 from ..allocation import WeightTable
 from ..config import ExactConfig, ExactError
-from ..dataset import members
+from ..dataset import from_rank_0, members
 from ..loss import ExactLoss, gpt_loss
 from ..qk_timing import QKTiming
 from . import checkpoint
@@ -110,7 +110,7 @@ class Trainer:
         self.is_first = torch.distributed.get_rank() == 0
         self.console = Console(stderr=True, quiet=not (self.is_first and progress))
         self.run_dir = Path(run.exp_manager.exp_dir)
-        self.vocabulary = read_vocabulary(run, scan=self.is_first)
+        self.vocabulary = from_rank_0(lambda: read_vocabulary(run))
 
         self.loss = ExactLoss(run.model.exact)
         self.loss_func = self.loss.wrap(gpt_loss) if run.model.exact.enabled else gpt_loss
@@ -230,6 +230,7 @@ class Trainer:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         started = time.perf_counter()
         report = self._run_schedule(loader, self.loss_func, forward_only=False)
+        self.loss.check()
         _refuse_not_finite("loss", report["lm loss"], self.step + 1)
         if self.timing is not None:
             self.timing.before_step(self.step)
@@ -269,6 +270,7 @@ class Trainer:
                 entry = total.setdefault(name, [0.0, 0])
                 entry[0] += report[name] * count if count else 0.0
                 entry[1] += count
+        self.measure.check()
         merged: dict[str, Any] = {}
         for name, (loss, count) in total.items():
             merged[name] = loss / count if count else None

@@ -62,12 +62,11 @@ def read_vocabulary(run: RunConfig, scan: bool = True) -> Vocabulary:
     model.override_vocab_size may be above the tokenizer's size, as in models that are published with a padded vocabulary.
 
     Args:
-        scan: read tokens too (one process is enough); False checks the indices alone.
+        scan: read tokens too; False checks the indices alone.
 
     Raises:
         FileNotFoundError, ValueError: see packing.read_index; also for members with different vocabularies, a size that
-            nobody gives, empty documents, token ids outside the vocabulary, and documents that do not end in EOD where
-            eod_mask_loss relies on it.
+            nobody gives, token ids outside the vocabulary, and documents that do not end in EOD where eod_mask_loss relies on it.
     """
     data = run.model.data
     rows, size, eod = run.model.override_vocab_size, None, data.eod_id
@@ -75,7 +74,8 @@ def read_vocabulary(run: RunConfig, scan: bool = True) -> Vocabulary:
     for prefix in prefixes:
         if prefix.endswith((".bin", ".idx")):
             raise ValueError(f"{prefix}: give the common prefix of .bin and .idx, {prefix[:-4]}")
-    indices = [read_index(p) for p in prefixes]
+    whole_documents = data.document_masking or run.model.exact.enabled
+    indices = [read_index(p, whole_documents) for p in prefixes]
     for prefix in prefixes:
         facts = _described(prefix)
         for key, mine, name in (
@@ -119,11 +119,6 @@ def _described(prefix: str) -> dict[str, int]:
 
 
 def _scan(index: TokenIndex, size: int, eod: int | None) -> None:
-    empty = int(np.count_nonzero(index.lengths <= 0))
-    if empty:
-        raise ValueError(
-            f"{index.prefix}.idx has {empty} empty documents, on which Megatron's packing fails: prepare the data again"
-        )
     tokens = np.memmap(index.prefix + ".bin", dtype=index.dtype, mode="r")
     step = max(1, -(-len(tokens) // SCANNED_TOKENS))
     blocks = [tokens[i : i + (1 << 20)] for i in range(0, len(tokens), step << 20)]
@@ -134,7 +129,8 @@ def _scan(index: TokenIndex, size: int, eod: int | None) -> None:
             "with another tokenizer or as another dtype, or model.override_vocab_size is too small"
         )
     if eod is not None:
-        ends = np.cumsum(index.lengths[:SCANNED_ENDS], dtype=np.int64) - 1
+        lengths = index.lengths[:SCANNED_ENDS]
+        ends = np.cumsum(lengths, dtype=np.int64)[lengths > 0] - 1
         other = int(np.count_nonzero(tokens[ends] != eod))
         if other:
             raise ValueError(
