@@ -20,7 +20,7 @@ from .blend import member_samples, split_tokens
 from .config import ExactConfig, ExactError
 from .exposure import ExposureCensus
 from .loss import ExactLoss
-from .packing import misplaced_sample, read_index, sample_pieces
+from .packing import check_index, misplaced_sample, reaching_samples, read_index, sample_pieces
 
 logger = logging.getLogger(__name__)
 _NOT_WRITABLE = (
@@ -194,10 +194,13 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
         An unweighted blend of fewer samples than asked for is repeated, each member as often as the others.
 
         Raises:
-            ValueError: there is no training split to count, no target of it lies in the tail, a member of an unweighted blend has
-                no sample, or Megatron's index caches are damaged or belong to other data than what lies there now.
+            ValueError: a .idx does not describe its .bin, or has documents of several sequences where they are to be weighted or
+                masked (packing.check_index); there is no training split to count, no target of it lies in the tail, a member of an
+                unweighted blend has no sample, or Megatron's index caches are damaged or belong to other data than what lies there
+                now.
             ExactError: no loss function is hooked, or the caches cannot be written.
         """
+        from_rank_0(self._check_files)
         try:
             datasets = super().build()
         except Exception as error:
@@ -207,15 +210,20 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
 
     def _build_megatron_datasets_parallel(self, prefixes: Any, split: Any, sizes_per_dataset: Any) -> Any:
         """As upstream, whose sizes are None, one epoch, without weights; see blend.member_samples."""
+        sizes = from_rank_0(lambda: self._member_sizes(prefixes, split, sizes_per_dataset))
+        return super()._build_megatron_datasets_parallel(prefixes, split, sizes)
+
+    def _member_sizes(self, prefixes: Any, split: Any, sizes_per_dataset: Any) -> list[list[int | None]]:
         sizes = [list(row) for row in sizes_per_dataset]
         for part, asked in enumerate(self.sizes):
             on_disk = all(os.path.isfile(prefix + ".idx") for prefix in prefixes)  # or in an object store
             if split[part] is None or asked is None or any(row[part] is not None for row in sizes) or not on_disk:
                 continue
             partial = part == 1 and not self.config.drop_last_partial_validation_sequence
+            lengths = [read_index(prefix, self._whole_documents).lengths for prefix in prefixes]
             epochs, samples = member_samples(
                 prefixes,
-                [split_tokens(read_index(prefix).lengths, split[part]) for prefix in prefixes],
+                [split_tokens(tokens, split[part]) for tokens in lengths],
                 asked,
                 self.config.sequence_length,
                 split=("train", "valid", "test")[part],
@@ -225,7 +233,7 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
             if epochs > 1:
                 for row, size in zip(sizes, samples):
                     row[part] = size
-        return super()._build_megatron_datasets_parallel(prefixes, split, sizes)
+        return sizes
 
     def _explain(self, error: Exception) -> None:
         """Raise what an error of megatron.core means where its index caches are the reason."""
@@ -247,19 +255,35 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
 
     def weight(self, datasets: list[Any]) -> list[Any]:
         """Weight the splits that another builder made of ExactGPTDataset; raises as `build`."""
-        _from_rank_0(lambda: self._check_indices(datasets))
+        from_rank_0(lambda: self._check_indices(datasets))
         if self.exact.enabled:
-            self.census = _from_rank_0(lambda: self._census(datasets[0]))
+            self.census = from_rank_0(lambda: self._census(datasets[0]))
             self.table = WeightTable.from_census(self.census, self.exact)
-            self.loss.bind(self.table)
+            least = int(self.table.edges[self.table.tail[0]])
+            self.loss.bind(self.table, from_rank_0(lambda: _longest_gap(datasets[0], least)))
         for member in members(datasets):
             member.emit_cu_seqlens = self.emit_cu_seqlens
             if self.table is not None:
                 member.attach(self.table, self.loss)
         return datasets
 
+    @property
+    def _whole_documents(self) -> bool:
+        return self.exact.enabled or self.emit_cu_seqlens
+
+    def _check_files(self) -> None:
+        """Before Megatron packs by them: lengths that are wrong may crash it, or let it look for enough tokens for ever."""
+        for blend in [self.config.blend, *(self.config.blend_per_split or [])]:
+            for prefix in blend[0] if blend else []:
+                if "://" not in prefix:  # object storage, see _check_indices
+                    read_index(prefix, self._whole_documents)
+
     def _check_indices(self, datasets: list[Any]) -> None:
         for member in members(datasets):
+            index, prefix = member.dataset.index, str(member.dataset.path_prefix)
+            if "://" in prefix:  # Megatron has fetched the .idx
+                arrays = index.sequence_lengths, index.sequence_pointers, index.document_indices
+                check_index(prefix, *arrays, np.dtype(index.dtype), None, self._whole_documents)
             if member.shuffle_index is None:  # defer_npy_index_mmap: loaded at the first query
                 member._query_document_sample_shuffle_indices(0)
             folder = _cache_folder(member.dataset.path_prefix, type(member), self.config)
@@ -357,7 +381,28 @@ def _permutation(index: np.ndarray, size: int) -> bool:
     return bool(seen.all())
 
 
-def _from_rank_0(make: Callable[[], Any]) -> Any:
+def _longest_gap(train: Any, least: int) -> int:
+    """Most samples in a row, in the order in which they are drawn, without a target of effective context `least` or more."""
+    if isinstance(train, BlendedDataset):
+        if train.dataset_index is None:  # defer_npy_index_mmap
+            train[0]
+        reach = np.zeros(len(train), bool)
+        for number, member in enumerate(train.datasets):
+            drawn = np.flatnonzero(np.asarray(train.dataset_index[: len(train)]) == number)
+            reach[drawn] = _reaching(member, least)[train.dataset_sample_index[drawn]]
+    else:
+        reach = _reaching(train, least)
+    return int(np.diff(np.flatnonzero(reach), prepend=-1, append=len(reach)).max()) - 1
+
+
+def _reaching(dataset: ExactGPTDataset, least: int) -> np.ndarray:
+    extra = int(dataset.config.add_extra_token_to_sequence)
+    lengths = dataset.dataset.sequence_lengths
+    reach = reaching_samples(dataset.document_index, dataset.sample_index, lengths, least, extra)
+    return reach[dataset.shuffle_index]
+
+
+def from_rank_0(make: Callable[[], Any]) -> Any:
     """Make a value on rank 0 and give it to all; an error on rank 0 is raised on all."""
     if not torch.distributed.is_initialized():
         return make()

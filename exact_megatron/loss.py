@@ -9,10 +9,12 @@ sample is drawn before a loss function is wrapped.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from .allocation import WeightTable
 from .config import ExactConfig, ExactError
@@ -23,17 +25,34 @@ class ExactLoss:
 
     One instance per run joins the two ends: `wrap` hooks the loss function, and the dataset builder calls `bind` with the
     weight table of the training stream before any sample is drawn.
+
+    Every micro-batch is checked against the table, without communication and without waiting for the device; the counts are
+    looked at after micro-batches 1, 2, 4, ..., 64 and then every 64th (on the CPU after each), and in `check`:
+
+    * A weight that is not in the table ends the run.
+    * Weights of 1 prove nothing: with normalization=none, or alpha=0, unweighted data have them too. So training ends when it has
+      seen no weight of the tail, on any data- or context-parallel rank, for as many targets as cannot be chance (`_patience`).
     """
 
     def __init__(self, config: ExactConfig) -> None:
         self.config = config
         self.table: WeightTable | None = None
         self.wrapped = False
-        self._marks: torch.Tensor | None = None
-        self._checked = False
+        self._marks = torch.empty(0)
+        self._least_mark = 0
+        self._patience = math.inf
+        self._batches = 0
+        self._counts: torch.Tensor | None = (
+            None  # float64: targets and tail weights while training, strange weights, one of them
+        )
 
-    def bind(self, table: WeightTable) -> None:
+    def bind(self, table: WeightTable, longest_gap: int = 0) -> None:
         """Take the table whose weights the batches will carry.
+
+        Args:
+            table: of the training stream.
+            longest_gap: samples that the stream has in a row, in the order in which they are drawn, without a target in the
+                tail; 0 where that is not known.
 
         Raises:
             ExactError: no loss function has been wrapped, so that the weights would be read as fractions of targets.
@@ -44,8 +63,10 @@ class ExactLoss:
                 "and train with what it returns, or set model.exact.enabled=false"
             )
         self.table = table
-        self._marks = None
-        self._checked = False
+        self._marks = torch.from_numpy(table.marks)
+        self._least_mark, self._patience = _patience(table, longest_gap)
+        self._batches = 0
+        self._counts = None
 
     def wrap(self, loss_func: Callable[..., Any]) -> Callable[..., Any]:
         """Return `loss_func` with EXACT's weights.
@@ -70,16 +91,27 @@ class ExactLoss:
             losses = output_tensor.float()
             weights = loss_mask.float().view_as(losses)
             mask = (weights != 0).to(weights.dtype)
+            report = self.report(losses.detach(), weights, mask, training=torch.is_grad_enabled())
             result = loss_func(mask, losses * weights, *args, **kwargs)
-            return (*result[:-1], {**result[-1], **self.report(losses.detach(), weights, mask)})
+            return (*result[:-1], {**result[-1], **report})
 
         hooked.exact_loss = self  # type: ignore[attr-defined]
         self.wrapped = True
         return hooked
 
     @torch.no_grad()
-    def report(self, losses: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Sums and counts for the log, {name: float32 [sum, count]}; no communication."""
+    def report(
+        self, losses: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor, training: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Sums and counts for the log, {name: float32 [sum, count]}, of checked weights.
+
+        Args:
+            losses, weights, mask: float32, of one shape; mask is weights != 0.
+            training: the batch is of the stream whose table is bound, so that tail weights are due.
+
+        Raises:
+            ExactError: no table is bound, or see the class.
+        """
         table = self.table
         if table is None:
             raise ExactError(
@@ -87,33 +119,100 @@ class ExactLoss:
                 "Build them with it, or set model.exact.enabled=false"
             )
         losses, weights, mask = losses.reshape(-1), weights.reshape(-1), mask.reshape(-1)
-        if self._marks is None or self._marks.device != weights.device:
-            self._marks = torch.from_numpy(table.marks).to(weights.device)
-        if not self._checked:
-            self._check_weights(table, weights)
+        self._marks = self._marks.to(weights.device)
+        parts = weights == self._marks[:, None]
+        self._watch(table, weights, parts, training)
         count = mask.sum()
         report = {
             "lm loss": torch.stack([(losses * mask).sum(), count]),
             "exact loss": torch.stack([(losses * weights).sum(), count]),
         }
         if self.config.log_buckets and len(table.marks):
-            parts = (weights == self._marks[:, None]).float()
-            if len(table.part_names) > len(parts):
-                parts = torch.cat([(mask - parts.sum(0))[None], parts])
-            sums = torch.stack([parts @ losses, parts.sum(1)], dim=1)
+            rows = parts.float()
+            if len(table.part_names) > len(rows):
+                rows = torch.cat([(mask - rows.sum(0))[None], rows])
+            sums = torch.stack([rows @ losses, rows.sum(1)], dim=1)
             report.update({f"lm loss {name}": row for name, row in zip(table.part_names, sums)})
         return report
 
-    def _check_weights(self, table: WeightTable, weights: torch.Tensor) -> None:
-        known = torch.from_numpy(table.lookup).to(weights.device).unique()
-        strange = weights[(weights != 0) & ~torch.isin(weights, known)]
-        if strange.numel():
+    def _watch(self, table: WeightTable, weights: torch.Tensor, parts: torch.Tensor, training: bool) -> None:
+        if self._counts is None:
+            self._counts = torch.tensor([0, 0, 0, -math.inf], dtype=torch.float64, device=weights.device)
+        strange = (weights != 0) & (weights != float(table.lookup[0])) & ~parts.any(0)
+        self._counts[2] += strange.sum()
+        self._counts[3] = torch.maximum(self._counts[3], weights.where(strange, -math.inf).max())
+        if training:
+            self._counts[0] += (weights != 0).sum()
+            self._counts[1] += parts[self._least_mark :].sum()
+            self._batches += 1
+        due = training and (self._batches % 64 == 0 or self._batches in (1, 2, 4, 8, 16, 32))
+        if weights.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # a graph's replays go on counting; `check` looks
+        if due or not weights.is_cuda:
+            self.check()
+        if due:
+            self._check_tail(table)
+
+    def check(self) -> None:
+        """Look at the weights since `bind`. Waits for the device, does not communicate; for ends of steps and before saving.
+
+        Raises:
+            ExactError: a weight that is not in the table.
+        """
+        if self._counts is None or self.table is None:
+            return
+        _, _, strange, example = self._counts.tolist()
+        if strange:
+            known = self.table.lookup
             raise ExactError(
-                f"a batch carries the weight {strange[0].item():.9g}, which is not in the weight table {table.digest} "
-                f"({known.min().item():.9g} to {known.max().item():.9g}): the data are unweighted, weighted by another table, or "
-                "loss_mask was cast or changed on its way to the loss"
+                f"a batch carries the weight {example:.9g}, which is not in the weight table {self.table.digest} "
+                f"({known.min():.9g} to {known.max():.9g}): the data are unweighted, weighted by another table, or loss_mask was cast or "
+                f"changed on its way to the loss ({strange:.0f} such targets on this rank). Checkpoints since the last check are suspect"
             )
-        self._checked = True
+
+    def _check_tail(self, table: WeightTable) -> None:
+        """Collective over the data- and context-parallel ranks, which have seen equally many micro-batches."""
+        assert self._counts is not None
+        if math.isinf(self._patience):
+            return
+        seen = self._counts[:2].clone()
+        if parallel_state.model_parallel_is_initialized():
+            torch.distributed.all_reduce(seen, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        targets, tail = seen.tolist()
+        if tail:
+            self._counts[:2] = 0
+        elif targets >= self._patience:
+            raise ExactError(
+                f"no weight of the tail in the last {targets:.0f} targets of training, although {table.tail_share:.2%} of the stream's "
+                f"targets are in the tail (table {table.digest}): the data have lost their weights on the way to the loss, or are not "
+                "the data that were counted. Look at what changes loss_mask between the dataset and the loss, or set "
+                "model.exact.enabled=false"
+            )
+
+
+def _patience(table: WeightTable, longest_gap: int) -> tuple[int, float]:
+    """How many targets without a weight of the tail are a fault.
+
+    Counted are the marks from the first one on after which none is 1 (unweighted data have 1s too). Of their targets, c of the
+    stream's n, one sample holds at most m = S + 1 - a with a their least effective context, so that c / m samples or more have
+    one, and a sample drawn at random has none with probability <= 1 - (c / m) / samples. V targets are those of V / n * samples
+    samples, all of which are without with probability <= exp(-V c / (n m)): 1e-12 at V = 27.6 n m / c. That holds for samples in
+    random order, which Megatron's are, but for blends and a last epoch of some documents only: a longer gap in the order in which
+    they are drawn is allowed for, twice.
+
+    Returns:
+        (number of the first mark counted, targets); infinite where nothing tells weighted data from unweighted.
+    """
+    ones = [i + 1 for i, mark in enumerate(table.marks) if mark == 1]
+    first = ones[-1] if ones else 0
+    if first == len(table.marks):
+        return first, math.inf
+    least = int(table.edges[table.tail[first]])
+    tail, targets = int(table.counts[least:].sum()), int(table.counts.sum())
+    if not tail:
+        return first, math.inf
+    chance = -math.log(1e-12) * targets / tail * (table.seq_length + 1 - least)
+    return first, max(chance, 2.0 * longest_gap * table.seq_length)
 
 
 def gpt_loss(

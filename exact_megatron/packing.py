@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import IO, NoReturn
 
 import numpy as np
 
@@ -28,6 +29,7 @@ _DTYPES = {
 }
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+_REMEDY = "copy the .idx and the .bin again, or prepare the data again"
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,17 @@ class TokenIndex:
     dtype: np.dtype
 
 
-def read_index(prefix: str) -> TokenIndex:
-    """Open `prefix`.idx and check it against `prefix`.bin, reading no token.
+def read_index(prefix: str, whole_documents: bool = True) -> TokenIndex:
+    """Open `prefix`.idx and check all of it against `prefix`.bin, reading no token.
+
+    Args:
+        prefix: common prefix of the two files.
+        whole_documents: refuse documents of several sequences, see `check_index`.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: the .idx is not a Megatron index, is cut short, holds no whole-number tokens, or the .bin has another
-            size than the index says.
+        ValueError: the .idx is not a Megatron index, has another size than its header says, holds no whole-number tokens, or
+            does not describe the .bin, see `check_index`.
     """
     prefix = str(prefix)
     prefix = prefix[:-4] if prefix.endswith((".idx", ".bin")) else prefix
@@ -65,28 +71,137 @@ def read_index(prefix: str) -> TokenIndex:
     _, version, code, sequences, documents = _HEADER.unpack(head)
     if version != 1 or code not in _DTYPES:
         raise ValueError(
-            f"{idx} has version {version} and dtype code {code}; known are version 1 and {sorted(_DTYPES)}"
+            f"{idx} has version {version} and dtype code {code}; known are version 1 and {sorted(_DTYPES)}; {_REMEDY}"
         )
     dtype = np.dtype(_DTYPES[code])
     if dtype.kind not in "ui":
         raise ValueError(f"{idx} says its tokens are {dtype}; token ids are whole numbers: this is not text data")
-    least = _HEADER.size + sequences * 12 + documents * 8
-    if size < least:
+    whole = _HEADER.size + sequences * 12 + documents * 8
+    if size not in (whole, whole + sequences):  # the latter with a mode for each sequence, as multimodal data have it
+        wrong = "is cut short" if size < whole else "has bytes that its header does not account for"
         raise ValueError(
-            f"{idx} is cut short: {size} bytes where {sequences} sequences need {least}; copy or prepare it again"
+            f"{idx} {wrong}: {size} bytes where {sequences} sequences need {whole}, with {documents} entries in the document "
+            f"index; {_REMEDY}"
         )
     if sequences == 0:
         raise ValueError(f"{idx} holds no sequence: there is nothing to train on")
-    lengths = np.memmap(idx, dtype=np.int32, mode="r", offset=_HEADER.size, shape=(sequences,))
-    pointer = np.memmap(idx, dtype=np.int64, mode="r", offset=_HEADER.size + sequences * 4, shape=(sequences,))
-    expected = int(pointer[-1]) + int(lengths[-1]) * dtype.itemsize
-    actual = os.path.getsize(bin_)
-    if actual != expected:
+
+    bin_size = os.path.getsize(bin_)
+    with open(idx, "rb", buffering=0) as stream:
+        lengths = _Entries(stream, np.int32, _HEADER.size, sequences)
+        pointers = _Entries(stream, np.int64, _HEADER.size + sequences * 4, sequences)
+        index = _Entries(stream, np.int64, _HEADER.size + sequences * 12, documents)
+        check_index(prefix, lengths, pointers, index, dtype, bin_size, whole_documents)
+    mapped = np.memmap(idx, dtype=np.int32, mode="r", offset=_HEADER.size, shape=(sequences,))
+    return TokenIndex(prefix, mapped, dtype)
+
+
+class _Entries:
+    """An array in a file whose slices are read: for one pass that is faster than a memory map, which faults page by page."""
+
+    def __init__(self, stream: IO[bytes], kind: type, offset: int, count: int) -> None:
+        self._stream, self._kind, self._offset, self._count = stream, np.dtype(kind), offset, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(self._count)
+        self._stream.seek(self._offset + start * self._kind.itemsize)
+        return np.fromfile(self._stream, self._kind, stop - start)
+
+
+def check_index(
+    prefix: str,
+    lengths: np.ndarray | _Entries,
+    pointers: np.ndarray | _Entries,
+    documents: np.ndarray | _Entries,
+    dtype: np.dtype,
+    size: int | None,
+    whole_documents: bool = True,
+    chunk: int = 1 << 16,
+) -> None:
+    """Check in one pass that the three arrays of a .idx describe a .bin.
+
+    What megatron/core/datasets/indexed_dataset.py (IndexedDatasetBuilder) can write is accepted: sequences of no token, and
+    documents of no sequence, which stand as equal neighbours in the document index (tools/preprocess_data.py writes one for an
+    empty text).
+
+    Args:
+        prefix: of the files, for messages.
+        lengths: int32[sequences], tokens.
+        pointers: int64[sequences], bytes into the .bin where each sequence starts.
+        documents: int64[documents + 1], the sequence each document starts with, then the number of sequences.
+        dtype: of a token.
+        size: bytes of the .bin; None where that is not known (object storage).
+        whole_documents: refuse documents of several sequences (text split into sentences): Megatron packs sequences and shuffles
+            them, so that effective contexts and masks would end inside documents.
+        chunk: entries held at once.
+
+    Raises:
+        ValueError: a length below 0, a pointer that is not the running sum of the lengths, a .bin of another size, a document
+            index that does not rise from 0 to the number of sequences, or several sequences a document; the first wrong entry is
+            named, with the values found and expected.
+    """
+    idx, count, last = prefix + ".idx", len(lengths), len(documents) - 1
+
+    def refuse(array: str, entry: int, found: int, expected: str) -> NoReturn:
         raise ValueError(
-            f"{bin_} has {actual} bytes where {idx} describes {expected} ({dtype} tokens): "
-            "it is truncated or belongs to another index; copy or prepare it again"
+            f"{idx} is damaged: entry {entry} of its {array}, counted from 0, is {found}, expected {expected}; {_REMEDY}"
         )
-    return TokenIndex(prefix, lengths, dtype)
+
+    total = 0  # bytes of the sequences so far
+    for first in range(0, count, chunk):
+        tokens, begin = lengths[first : first + chunk], pointers[first : first + chunk]
+        end = np.multiply(tokens, dtype.itemsize, dtype=np.int64)
+        end += begin
+        if begin[0] == total and tokens.min() >= 0 and np.array_equal(end[:-1], begin[1:]):
+            total = int(end[-1])
+            continue
+        expected = np.append(total, end[:-1])
+        at = int(np.argmax((tokens < 0) | (begin != expected)))
+        if begin[at] != expected[at]:
+            where = f"{expected[at]}, the bytes of the {dtype} tokens before it"
+            refuse("sequence pointers", first + at, begin[at], where)
+        refuse("sequence lengths", first + at, tokens[at], "0 or more")
+    if size is not None and size != total:
+        raise ValueError(
+            f"{prefix}.bin has {size} bytes where {idx} describes {total} ({count} sequences, {dtype} tokens): one of the "
+            f"two is truncated or belongs to other data; {_REMEDY}"
+        )
+    if total == 0:
+        raise ValueError(f"{idx} holds {count} sequences and no token: there is nothing to train on")
+
+    if last < 1:
+        raise ValueError(
+            f"{idx} is damaged: its document index has {last + 1} entries, expected 0, ..., {count}; {_REMEDY}"
+        )
+    several: tuple[int, int, int] | None = None
+    before = 0
+    for first in range(0, last + 1, chunk):
+        begin = documents[first : first + chunk]
+        if first == 0 and begin[0] != 0:
+            refuse("document index", 0, begin[0], "0")
+        if begin[0] != before + (first > 0) or not (begin[1:] - begin[:-1] == 1).all():
+            step = np.diff(begin, prepend=before)
+            if step.min() < 0:
+                at = int(np.argmax(step < 0))
+                refuse(
+                    "document index", first + at, begin[at], f"{begin[at] - step[at]} or more, as the entry before it"
+                )
+            if several is None and step.max() > 1:
+                at = int(np.argmax(step > 1))
+                several = first + at - 1, int(begin[at] - step[at]), int(begin[at]) - 1
+        before = int(begin[-1])
+    if before != count:
+        refuse("document index", last, before, f"{count}, the number of sequences")
+    if whole_documents and several is not None:
+        raise ValueError(
+            f"{idx} holds {count} sequences in {last} documents (document {several[0]} is sequences {several[1]} to {several[2]}): "
+            "Megatron packs and shuffles sequences, so that effective contexts and document masks would end inside documents. Prepare "
+            "the data with one sequence a document, as `exact-megatron prepare` and Megatron-LM's preprocess_data.py without "
+            "--split-sentences write them, or train without EXACT and without document masking"
+        )
 
 
 def sample_pieces(
@@ -149,6 +264,39 @@ def misplaced_sample(
             return int(low + np.argmax(wrong))
         offset += int(size.sum())
     return None
+
+
+def reaching_samples(
+    document_index: np.ndarray,
+    sample_index: np.ndarray,
+    lengths: np.ndarray,
+    least: int,
+    extra_token: int = 1,
+    chunk: int = 1 << 16,
+) -> np.ndarray:
+    """Which samples hold a target with an effective context of `least` or more.
+
+    Args:
+        document_index, sample_index, lengths, extra_token: as for `sample_pieces`.
+        least: tokens, 1..S - 1.
+        chunk: samples held at once.
+
+    Returns:
+        bool[samples], in packed order.
+    """
+    reach = np.zeros(len(sample_index) - 1, bool)
+    for start in range(0, len(reach), chunk):
+        index = np.array(sample_index[start : start + chunk + 1], np.int64)
+        first, last, end = index[:-1, 0], index[1:, 0], index[1:, 1]
+        low = int(first[0])
+        size = lengths.take(document_index[low : int(last[-1]) + 1])
+        # A piece of length L reaches L - 1, and L if its document goes on.
+        found = np.where(first == last, True, (size[first - low] - index[:-1, 1] > least) | (end + extra_token > least))
+        whole = low + np.flatnonzero(size > least)  # documents, of which those matter that lie inside a sample
+        sample = np.searchsorted(first, whole) - 1
+        found[sample[(sample >= 0) & (last[sample] > whole)]] = True
+        reach[start : start + chunk] = found
+    return reach
 
 
 @dataclass

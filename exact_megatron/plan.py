@@ -213,7 +213,7 @@ def read_data(run: RunConfig) -> tuple[Data | None, list[str]]:
     if "all" in blends:
         parts = [float(part) for part in data.splits_string.replace("/", ",").split(",")]
         used = parts[0] / sum(parts)
-    lengths = [read_index(prefix).lengths for prefix in prefixes]
+    lengths = [read_index(prefix, run.whole_documents).lengths for prefix in prefixes]
     tokens = np.array([int(part.sum(dtype=np.int64)) for part in lengths])
     share = tokens / tokens.sum() if weights is None else np.array(weights) / sum(weights)
     samples, s = run.trainer.max_steps * run.model.global_batch_size, data.seq_length

@@ -322,6 +322,30 @@ def test_a_weighted_dataset_needs_the_hook(tmp_path, write_corpus):
         train.attach(WeightTable.measuring(64), ExactLoss(ON))
 
 
+@pytest.mark.parametrize("extra", [True, False])
+@pytest.mark.parametrize("tau", [8, 32])
+def test_the_longest_wait_for_a_tail_weight_is_that_of_the_samples(
+    tmp_path, write_corpus, one_rank, monkeypatch, extra, tau
+):
+    rng = np.random.default_rng(tau)
+    gaps = []
+    monkeypatch.setattr(
+        ExactLoss, "bind", lambda self, table, gap, bind=ExactLoss.bind: (gaps.append(gap), bind(self, table, gap))
+    )
+    lengths = np.concatenate([rng.integers(1, 9, 600), uneven_lengths(rng, S, 12)]).astype(np.int32)
+    long = uneven_lengths(rng, S, 10)
+    prefixes = [write_corpus(lengths, "a"), write_corpus(long, "b")]
+    exact = dataclasses.replace(ON, tau=tau, alpha=1.0)
+    for blend, samples in (((prefixes[:1], None), 70), ((prefixes, [0.9, 0.1]), 40)):
+        for _ in range(2):  # the second time with a census from the cache
+            (train, _, _), builder = build(
+                dataset_config(tmp_path, blend, add_extra_token_to_sequence=extra), [samples, 0, 0], exact
+            )
+            tail = [bool(np.isin(train[i]["loss_mask"].numpy(), builder.table.marks).any()) for i in range(len(train))]
+            runs = "".join("x" if t else "." for t in tail).split("x")
+            assert gaps.pop() == max(map(len, runs)) > 0
+
+
 def test_unmasked_documents_are_refused(tmp_path, write_corpus):
     config = dataset_config(tmp_path, ([write_corpus(np.array([99] * 50, np.int32))], None))
     strict = dataclasses.replace(ON, allow_unmasked_documents=False)

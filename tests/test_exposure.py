@@ -155,7 +155,10 @@ def test_read_index_names_what_is_wrong(prefix, tmp_path):
     idx.write_bytes(whole[:17] + b"\x07" + whole[18:])
     refused(ValueError, "tokens are float32")
     idx.write_bytes(whole[:17] + b"\x08" + whole[18:])
-    refused(ValueError, "uint16 tokens")
+    refused(
+        ValueError,
+        "entry 1 of its sequence pointers, counted from 0, is 20, expected 10, the bytes of the uint16 tokens",
+    )
     idx.unlink()
     bin_.unlink()
     refused(FileNotFoundError, "x.idx does not exist: give the common prefix")

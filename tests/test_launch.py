@@ -275,6 +275,7 @@ class Host:
         training.get_args, training.pretrain, training.checkpointing = lambda: self.args, self.pretrain, checkpointing
         training.training = types.ModuleType("megatron.training.training")
         training.training.training_log = training_log
+        training.training.save_checkpoint = lambda *args: None
         checkpointing.check_checkpoint_args = lambda checkpoint_args: None
         self.checkpointing = checkpointing
         monkeypatch.setitem(sys.modules, "megatron.training", training)

@@ -92,6 +92,99 @@ def test_weights_that_are_not_the_tables_are_refused(table, spoil):
         hooked(table)(spoil(weights), losses)
 
 
+def calls_until_stopped(function, batches, limit=2000):
+    """(micro-batches until the run is stopped, the message)."""
+    for number, weights in zip(range(1, limit), batches):
+        try:
+            function(weights, torch.ones_like(weights))
+        except RuntimeError as error:
+            return number, str(error)
+    return None, ""
+
+
+def repeated(*first, then):
+    yield from first
+    while True:
+        yield then
+
+
+def test_ones_that_the_table_has_too_are_found(table):
+    raw = WeightTable.from_counts(table.counts, S, tau=16, alpha=0.4, normalization="none")
+    assert raw.lookup[0] == 1
+    _, mask, weights, _ = batch(raw)
+    ones = mask.float()
+    for settings in ({}, {"log_buckets": False}):
+        number, message = calls_until_stopped(hooked(raw, **settings), repeated(then=ones))
+        assert number <= 64 and "no weight of the tail in the last" in message and raw.digest in message
+        number, _ = calls_until_stopped(hooked(raw, **settings), repeated(*[weights] * 70, then=ones))
+        assert 70 < number <= 256
+    assert calls_until_stopped(hooked(raw), repeated(then=weights), limit=300)[0] is None
+    assert calls_until_stopped(hooked(raw), repeated(then=weights * 0), limit=300)[0] is None, "no target, no promise"
+
+
+def test_a_first_batch_without_targets_does_not_spend_the_check(table):
+    _, _, weights, _ = batch(table)
+    number, message = calls_until_stopped(hooked(table), iter([weights * 0, weights, weights * 1.5]))
+    assert number == 3 and "not in the weight table" in message
+
+
+def test_another_tables_weights_are_found_later(table):
+    other = WeightTable.from_counts(table.counts, S, tau=16, alpha=0.41)
+    good, bad = batch(table)[2], batch(other)[2]
+    number, message = calls_until_stopped(hooked(table), repeated(*[good] * 6, then=bad))
+    assert number == 7 and f"not in the weight table {table.digest}" in message
+    with torch.no_grad():  # validation
+        assert calls_until_stopped(hooked(table), iter([good, bad]))[0] == 2
+
+
+def test_validation_owes_no_tail_weight(table):
+    short = torch.full((2, S), float(table.lookup[0]))
+    with torch.no_grad():
+        assert calls_until_stopped(hooked(table), repeated(then=short), limit=300)[0] is None
+    assert calls_until_stopped(hooked(table), repeated(then=short), limit=300)[0]
+
+
+def test_nothing_is_asked_of_weights_that_are_all_1():
+    for settings in ({"alpha": 0.0}, {"max_weight": 1.0}):
+        table = WeightTable.from_counts(np.ones(S + 1, int), S, tau=16, **settings)
+        assert calls_until_stopped(hooked(table), repeated(then=torch.ones(2, S)), limit=300)[0] is None
+        assert calls_until_stopped(hooked(table), repeated(then=torch.full((2, S), 0.5)), limit=300)[0] == 1
+
+
+@pytest.mark.parametrize("normalization", ["corpus", "none"])
+@pytest.mark.parametrize("tau", [0, 8, 16, 32])
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_ones_are_stopped_under_every_table(normalization, tau, gamma):
+    """But where all weights are 1: gamma=0 and tau=0 weight every bucket alike, which corpus normalization undoes."""
+    counts = np.random.default_rng(tau).integers(1, 1000, S + 1)
+    table = WeightTable.from_counts(counts, S, tau=tau, gamma=gamma, normalization=normalization)
+    stopped = calls_until_stopped(hooked(table), repeated(then=torch.ones(3, S)))[0]
+    assert (stopped is None) == np.allclose(table.lookup, 1, atol=1e-5)
+    weights = batch(table)[2]
+    assert calls_until_stopped(hooked(table), repeated(then=weights), limit=300)[0] is None
+
+
+def test_a_known_gap_is_waited_for(table):
+    raw = WeightTable.from_counts(table.counts, S, tau=16, alpha=0.4, normalization="none")
+    loss = ExactLoss(ExactConfig(enabled=True))
+    function = loss.wrap(gpt_loss)
+    loss.bind(raw, longest_gap=600)
+    assert calls_until_stopped(function, repeated(then=torch.ones(1, S)))[0] == 1216  # the first 64th after 2 * 600
+
+
+def test_batches_are_no_more_often_out_of_luck_than_derived():
+    """Samples with a tail target of probability p: the rarest run of samples without one that may stop training."""
+    from exact_megatron.loss import _patience
+
+    counts = np.zeros(S + 1, np.int64)
+    counts[:16], counts[16:] = 1000, 1
+    table = WeightTable.from_counts(counts, S, tau=16)
+    _, patience = _patience(table, 0)
+    samples = counts.sum() / S
+    worst = counts[16:].sum() / (S + 1 - 16) / samples  # all tail targets in as few samples as can hold them
+    assert (1 - worst) ** (patience / S) <= 1e-12
+
+
 def test_hooking_twice_and_running_unbound_are_refused(table):
     loss = ExactLoss(ExactConfig(enabled=True))
     with pytest.raises(RuntimeError, match="no loss function is hooked"):

@@ -111,7 +111,7 @@ def test_mean_of_means_under_context_parallelism_where_all_ranks_supervise_alike
     assert not load_config(folder / "tiny.yaml", [*cp, "model.calculate_per_token_loss=false"]).model.data.eod_mask_loss
 
 
-def test_negative_ids_and_empty_documents_are_refused(folder, tmp_path):
+def test_negative_ids_are_refused_and_empty_documents_are_packed(folder, tmp_path):
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -119,14 +119,20 @@ def test_negative_ids_and_empty_documents_are_refused(folder, tmp_path):
 
     for name, documents, message in (
         ("negative", [[3, -7, 0]] * 20, "holds token id -7, the vocabulary has 0..95"),
-        ("empty", [[3, 5, 0], []] * 20, "has 20 empty documents"),
+        ("empty", [[], [3, 5, 0], []] * 20, None),
+        ("open", [[], [3, 5, 1], []] * 20, "20 of the first 20 documents"),
+        ("nothing", [[], []], "holds 2 sequences and no token"),
     ):
         builder = IndexedDatasetBuilder(str(tmp_path / name) + ".bin", dtype=np.int32)
         for tokens in documents:
             builder.add_document(torch.tensor(tokens, dtype=torch.long), [len(tokens)])
         builder.finalize(str(tmp_path / name) + ".idx")
+        run = load_config(folder / "tiny.yaml", [f"model.data.data_prefix=[{tmp_path / name}]"])
+        if message is None:
+            assert read_vocabulary(run).vocab_size == 96
+            continue
         with pytest.raises(ValueError, match=message):
-            read_vocabulary(load_config(folder / "tiny.yaml", [f"model.data.data_prefix=[{tmp_path / name}]"]))
+            read_vocabulary(run)
 
 
 def test_a_missing_file_and_a_typo_in_it(folder, tmp_path):

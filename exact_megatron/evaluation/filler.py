@@ -81,7 +81,7 @@ def _from_prefix(prefix: str, vocab_size: int) -> Filler:
     ends = np.cumsum(index.lengths, dtype=np.int64)
     starts = ends - index.lengths
     eod = read_json(f"{index.prefix}.json").get("eod_id")
-    closed = tokens[ends - 1] == eod if eod is not None else np.zeros(len(ends), bool)
+    closed = (index.lengths > 0) & (tokens[ends - 1] == eod) if eod is not None else np.zeros(len(ends), bool)
     lengths = index.lengths - closed  # an end of document in the filler would tell the model to forget
 
     def read(number: int) -> np.ndarray:

@@ -6,6 +6,7 @@ What is replaced while it runs, and given back when it returns:
     the forward step                                                the same, with documents' boundaries for the model; the loss
                                                                     function that it returns is wrapped by ExactLoss
     megatron/core/models/gpt/gpt_model.py: GPTModel                 the same, with DocumentAttention, if EXACT masks the documents
+    megatron/bridge/training/checkpointing.py: save_checkpoint      the same, after a look at the weights of the batches so far
     megatron/bridge/training/state.py: TrainState.state_dict, load_state_dict    also hold what the weights were made of
 
 The user's ConfigContainer is read and not written, so that a saved run_config.yaml is the one of a run without EXACT; a checkpoint
@@ -75,12 +76,14 @@ class MegatronBridge:
         with ExitStack() as stack:
             call.arguments["forward_step_func"] = self._replace(stack, call.arguments["forward_step_func"])
             result = stock(*call.args, **call.kwargs)
+            self.loss.check()
         if get_rank_safe() == get_world_size_safe() - 1:  # a last stage
             print(f"EXACT weighted {self.samples} training samples on this rank", flush=True)
         return result
 
     def _replace(self, stack: ExitStack, forward_step: Callable[..., Any]) -> Callable[..., Any]:
         import megatron.bridge.data.utils as data
+        from megatron.bridge.training import checkpointing, pretrain, train
         from megatron.bridge.training.losses import masked_next_token_loss
         from megatron.bridge.training.state import TrainState
         from megatron.bridge.training.utils.train_utils import prepare_forward_step_func
@@ -113,6 +116,9 @@ class MegatronBridge:
             (TrainState, "state_dict", state_dict),
             (TrainState, "load_state_dict", load_state_dict),
         ]
+        for module in (checkpointing, pretrain, train):  # which of them calls it by that name depends on the version
+            if hasattr(module, "save_checkpoint"):
+                new.append((module, "save_checkpoint", self._checked(module.save_checkpoint)))
         if self.masking:
             new.append((GPTModel, "__init__", built))
         for replacement in new:
@@ -135,6 +141,14 @@ class MegatronBridge:
             return output, functools.partial(self._weigh(loss_func.func), *loss_func.args, **loss_func.keywords)
 
         return step
+
+    def _checked(self, save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(save_checkpoint)
+        def saved(*args: Any, **kwargs: Any) -> Any:
+            self.loss.check()
+            return save_checkpoint(*args, **kwargs)
+
+        return saved
 
     def _weigh(self, loss_func: Callable[..., Any]) -> Callable[..., Any]:
         """The loss function with EXACT's weights, and a count of the samples that it sees."""

@@ -7,6 +7,7 @@ What is replaced while `pretrain` runs, and given back when it returns (paths in
     pretrain_gpt.py: forward_step                    the same, with documents' boundaries for the model
     megatron/core/models/gpt/gpt_model.py: GPTModel  the same, with DocumentAttention, if EXACT masks the documents
     megatron/training/checkpointing.py: check_checkpoint_args   also compares the weights
+    megatron/training/training.py: save_checkpoint   the same, after a look at the weights of the batches so far
     megatron/training/training.py: training_log      the same, with interval means of buckets that some steps lack
     megatron/training/training.py: train_step        the same, with query/key timing, if model.qk_timing.enabled
 
@@ -105,7 +106,9 @@ class MegatronLM:
                 step = self._replace(stack, call.arguments["train_valid_test_dataset_provider"],
                                      call.arguments["forward_step_func"])  # fmt: skip
                 call.arguments["forward_step_func"] = step
-                return pretrain(*call.args, **call.kwargs)
+                result = pretrain(*call.args, **call.kwargs)
+                self.loss.check()
+                return result
 
         hooked.exact = self  # type: ignore[attr-defined]
         return hooked
@@ -133,6 +136,7 @@ class MegatronLM:
                 f"loss_func in {file_of(loss_func)} takes {parameters}, not (loss_mask, output_tensor, ...)"
             )
         weighted = self.loss.wrap(loss_func)
+        save = training.save_checkpoint
         build_model = GPTModel.__init__
         fed: list[Callable[..., Any]] = []
 
@@ -144,6 +148,11 @@ class MegatronLM:
                 build_model(model, *args, **kwargs)
             check_masked(model, _arguments().seq_length)
             self.masked = True
+
+        @functools.wraps(save)
+        def saved(*args: Any, **kwargs: Any) -> Any:
+            self.loss.check()
+            return save(*args, **kwargs)
 
         @functools.wraps(forward_step)
         def step(*args: Any, **kwargs: Any) -> Any:
@@ -158,6 +167,7 @@ class MegatronLM:
             (inspect.unwrap(provider).__globals__, "BlendedMegatronDatasetBuilder", functools.partial(_Builder, self)),
             (GPTModel, "__init__", built),
             (training, "training_log", whole_intervals(training.training_log)),
+            (training, "save_checkpoint", saved),
         ):
             stack.enter_context(replaced(owner, name, new))
         self.where = file_of(loss_func)

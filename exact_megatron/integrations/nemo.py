@@ -251,7 +251,12 @@ class ExactGPTModel(host.MegatronGPTModel):
             self.log(f"val {name}", value, rank_zero_only=True, batch_size=1)
         return super().on_validation_epoch_end()
 
+    def on_train_end(self) -> None:
+        self.exact.loss.check()
+        super().on_train_end()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.exact.loss.check()
         super().on_save_checkpoint(checkpoint)
         checkpoint["exact"] = self.exact.state
 

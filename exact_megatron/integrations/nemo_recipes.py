@@ -21,6 +21,7 @@ import torch
 from ..config import ExactError, QKTimingConfig
 from ..dataset import ExactDatasetBuilder, ExactGPTDataset, members
 from ..loss import ExactLoss, gpt_loss
+from ..packing import read_index
 from ..qk_timing import before_nemo_step
 from ..supported import unsupported_loss
 from .documents import MaskAttention, check_masked, join_boundaries, masking_documents
@@ -39,6 +40,13 @@ class ExactDataset(ExactGPTDataset):
     """For PreTrainingDataModule(dataset_cls=...). Its samples are refused until an ExactCallback has seen them."""
 
     seen = False
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: Any) -> Any:
+        """NeMo builds the data before any callback can look at the files, and Megatron packs by them."""
+        if "://" not in dataset_path:  # object storage is looked at when it is weighted
+            read_index(dataset_path, whole_documents=False)
+        return ExactGPTDataset.build_low_level_dataset(dataset_path, config)
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         if not self.seen:
@@ -213,7 +221,11 @@ class ExactCallback(Callback):
             for name, value in pl_module._validation_loss_reduction.sums.reduced().items():
                 pl_module.log(f"val {name}", value, rank_zero_only=True, batch_size=1)
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.loss.check()
+
     def state_dict(self) -> dict[str, Any]:
+        self.loss.check()  # a checkpoint is about to be written
         return self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ def check_lengths(run: RunConfig) -> None:
                 + ("trainer.limit_val_batches=0" if part else "trainer.max_steps")
             )
         prefixes, weights = blend
-        lengths = [read_index(prefix).lengths for prefix in prefixes]
+        lengths = [read_index(prefix, run.whole_documents).lengths for prefix in prefixes]
         tokens = [split_tokens(member, split) for member in lengths]
         for prefix, member, own in zip(prefixes, lengths, tokens):
             if not own:

@@ -223,6 +223,11 @@ class RunConfig:
     def tokens_per_step(self) -> int:
         return self.model.global_batch_size * self.model.data.seq_length
 
+    @property
+    def whole_documents(self) -> bool:
+        """Whether a sequence of the data must be a whole document, see packing.check_index."""
+        return self.model.data.document_masking or self.model.exact.enabled
+
     def padded_vocab_size(self, vocab_size: int) -> int:
         """Vocabulary rounded up so that every tensor-parallel rank holds the same number of rows; the same for every tensor
         size that divides make_vocab_size_divisible_by, since padded rows take part in the softmax."""

@@ -23,7 +23,7 @@ from rich.console import Console
 from .. import determinism
 from ..allocation import WeightTable
 from ..config import ExactConfig, ExactError
-from ..dataset import members
+from ..dataset import from_rank_0, members
 from ..loss import ExactLoss, gpt_loss
 from ..qk_timing import QKTiming
 from ..tokenizer import UNKNOWN, refuse_other_tokenizer
@@ -115,7 +115,7 @@ class Trainer:
         self.is_first = torch.distributed.get_rank() == 0
         self.console = Console(stderr=True, quiet=not (self.is_first and progress))
         self.run_dir = Path(run.exp_manager.exp_dir)
-        self.vocabulary = read_vocabulary(run, scan=self.is_first)
+        self.vocabulary = from_rank_0(lambda: read_vocabulary(run))
         # The data's; where that is unknown, what the checkpoint says that the run begins with.
         self.tokenizer = next((i for i in self.vocabulary.tokenizers.values() if i.digest), UNKNOWN)
 
@@ -260,6 +260,7 @@ class Trainer:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         started = time.perf_counter()
         report = self._run_schedule(loader, self.loss_func, forward_only=False)
+        self.loss.check()
         _refuse_not_finite("loss", report["lm loss"], self.step + 1)
         if self.timing is not None:
             self.timing.before_step(self.step)
@@ -305,6 +306,7 @@ class Trainer:
                 entry[1] += count
             if self._stop and left:
                 return None
+        self.measure.check()
         merged: dict[str, Any] = {}
         for name, (loss, count) in total.items():
             merged[name] = loss / count if count else None

@@ -65,12 +65,11 @@ def read_vocabulary(run: RunConfig, scan: bool = True) -> Vocabulary:
     model.override_vocab_size may be above the tokenizer's size, as in models that are published with a padded vocabulary.
 
     Args:
-        scan: read tokens too (one process is enough); False checks the indices alone.
+        scan: read tokens too; False checks the indices alone.
 
     Raises:
         FileNotFoundError, ValueError: see packing.read_index; also for members of different tokenizers or vocabularies, a size that
-            nobody gives, empty documents, token ids outside the vocabulary, and documents that do not end in EOD where
-            eod_mask_loss relies on it.
+            nobody gives, token ids outside the vocabulary, and documents that do not end in EOD where eod_mask_loss relies on it.
     """
     data = run.model.data
     rows, size, eod = run.model.override_vocab_size, None, data.eod_id
@@ -78,7 +77,7 @@ def read_vocabulary(run: RunConfig, scan: bool = True) -> Vocabulary:
     for prefix in prefixes:
         if prefix.endswith((".bin", ".idx")):
             raise ValueError(f"{prefix}: give the common prefix of .bin and .idx, {prefix[:-4]}")
-    indices = [read_index(p) for p in prefixes]
+    indices = [read_index(p, run.whole_documents) for p in prefixes]
     tokenizers = {prefix: data_identity(prefix) for prefix in prefixes}
     refuse_other_tokenizer(tokenizers, ACCEPT_TOKENIZER, data.accept_other_tokenizer)
     for prefix in prefixes:
@@ -124,11 +123,6 @@ def _described(prefix: str) -> dict[str, int]:
 
 
 def _scan(index: TokenIndex, size: int, eod: int | None) -> None:
-    empty = int(np.count_nonzero(index.lengths <= 0))
-    if empty:
-        raise ValueError(
-            f"{index.prefix}.idx has {empty} empty documents, on which Megatron's packing fails: prepare the data again"
-        )
     tokens = np.memmap(index.prefix + ".bin", dtype=index.dtype, mode="r")
     step = max(1, -(-len(tokens) // SCANNED_TOKENS))
     blocks = [tokens[i : i + (1 << 20)] for i in range(0, len(tokens), step << 20)]
@@ -139,7 +133,8 @@ def _scan(index: TokenIndex, size: int, eod: int | None) -> None:
             "with another tokenizer or as another dtype, or model.override_vocab_size is too small"
         )
     if eod is not None:
-        ends = np.cumsum(index.lengths[:SCANNED_ENDS], dtype=np.int64) - 1
+        lengths = index.lengths[:SCANNED_ENDS]
+        ends = np.cumsum(lengths, dtype=np.int64)[lengths > 0] - 1
         other = int(np.count_nonzero(tokens[ends] != eod))
         if other:
             raise ValueError(
