@@ -57,11 +57,11 @@ $(VENV_TE)/.installed: setup.py
 	touch $@
 
 test-te: $(VENV_TE)/.installed  ## Transformer Engine's own Python around stand-ins for its kernels: make test-te TE_WHEELS=/folder/with/wheels
-	$(VENV_TE)/bin/python -m pytest -q -m "te or not te" --durations=5 tests/test_attention.py tests/te
+	$(VENV_TE)/bin/python -m pytest -q -m "te or not te" --durations=5 tests/unit/attention/test_attention.py tests/te
 
 test-upstream: $(VENV)/.installed $(VENV19)/.installed  ## the real pretrain_gpt.py: make test-upstream MEGATRON_LM=/path/to/clone
-	MEGATRON_LM=$(MEGATRON_LM) $(VENV)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py tests/upstream/test_qk_timing_upstream.py
-	MEGATRON_LM=$(MEGATRON_LM) $(VENV19)/bin/python -m pytest -q -m upstream tests/upstream/test_megatron_lm.py tests/upstream/test_qk_timing_upstream.py
+	MEGATRON_LM=$(MEGATRON_LM) $(VENV)/bin/python -m pytest -q -m upstream tests/hosts/test_megatron_lm.py tests/hosts/test_qk_timing_upstream.py
+	MEGATRON_LM=$(MEGATRON_LM) $(VENV19)/bin/python -m pytest -q -m upstream tests/hosts/test_megatron_lm.py tests/hosts/test_qk_timing_upstream.py
 
 # Megatron-Bridge without the packages of NVIDIA's container, which the tests stand in for (1.6 GB). --no-deps: it asks for CUDA's.
 $(VENV_BRIDGE)/.installed: setup.py constraints.txt
@@ -83,10 +83,10 @@ $(VENV_BRIDGE06)/.installed: setup.py
 	touch $@
 
 test-bridge: $(VENV_BRIDGE)/.installed  ## the real pretrain() of Megatron-Bridge 0.3.1; with MEGATRON_BRIDGE=/path/to/clone its scripts too
-	MEGATRON_BRIDGE=$(MEGATRON_BRIDGE) $(VENV_BRIDGE)/bin/python -m pytest -q -m upstream tests/upstream/test_bridge.py
+	MEGATRON_BRIDGE=$(MEGATRON_BRIDGE) $(VENV_BRIDGE)/bin/python -m pytest -q -m upstream tests/hosts/test_bridge.py
 
 test-bridge-0.6: $(VENV_BRIDGE06)/.installed  ## the same tests on 0.6.2, Python 3.12
-	MEGATRON_BRIDGE=$(MEGATRON_BRIDGE) $(VENV_BRIDGE06)/bin/python -m pytest -q -m upstream tests/upstream/test_bridge.py
+	MEGATRON_BRIDGE=$(MEGATRON_BRIDGE) $(VENV_BRIDGE06)/bin/python -m pytest -q -m upstream tests/hosts/test_bridge.py
 
 walkthrough: setup $(VENV_EVAL)/.installed  ## a published model: weights, documents, census, EXACT steps, back, every suite; in runs/walkthrough
 	EVALUATE="$(CURDIR)/$(VENV_EVAL)/bin/exact-megatron" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/continued_pretraining/walkthrough.sh
@@ -95,16 +95,16 @@ test-slurm: setup  ## the jobs of slurm/ on four virtual nodes, as root; on a cl
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m slurm tests/slurm --durations=10 $(if $(SHARED),--basetemp $(SHARED)/test-slurm)
 
 # nemo_toolkit's own list of requirements asks for far more than its language models use.
-$(VENV_NEMO)/.installed: setup.py tests/upstream/nemo_requirements.txt
+$(VENV_NEMO)/.installed: setup.py tests/hosts/nemo_requirements.txt
 	$(PYTHON) -m venv $(VENV_NEMO)
 	$(VENV_NEMO)/bin/pip install --quiet --upgrade pip
 	$(VENV_NEMO)/bin/pip install --quiet --no-deps nemo_toolkit==2.4.0 megatron-core==0.13.1 -e .
-	$(VENV_NEMO)/bin/pip install --quiet -r tests/upstream/nemo_requirements.txt
+	$(VENV_NEMO)/bin/pip install --quiet -r tests/hosts/nemo_requirements.txt
 	touch $@
 
 test-nemo: $(VENV_NEMO)/.installed  ## NeMo's own script and YAML: make test-nemo NEMO=/path/to/NeMo, a checkout of tag v2.4.0
-	NEMO=$(NEMO) $(VENV_NEMO)/bin/python -m pytest -q -m "upstream or not upstream" tests/test_nemo_settings.py \
-		tests/upstream/test_nemo.py tests/upstream/test_nemo_recipes.py
+	NEMO=$(NEMO) $(VENV_NEMO)/bin/python -m pytest -q -m "upstream or not upstream" tests/unit/integrations/test_nemo_settings.py \
+		tests/hosts/test_nemo.py tests/hosts/test_nemo_recipes.py
 
 $(VENV_EVAL)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV_EVAL)
@@ -115,10 +115,10 @@ $(VENV_EVAL)/.installed: setup.py constraints.txt
 	touch $@
 
 test-eval: $(VENV_EVAL)/.installed  ## every suite of `evaluate` on SmolLM2-135M (a download of 93 MB), minutes
-	$(VENV_EVAL)/bin/python -m pytest -q -m "slow or not slow" --durations=10 tests/test_evaluation.py tests/test_evaluation_models.py
+	$(VENV_EVAL)/bin/python -m pytest -q -m "slow or not slow" --durations=10 tests/unit/evaluation/test_evaluation.py tests/unit/evaluation/test_evaluation_models.py
 
 gpu-dry-run: setup  ## the scripts of a GPU session with tiny sizes on a CPU, a few minutes
-	$(VENV)/bin/python -m pytest -q -m slow tests/test_gpu_scripts.py tests/gpu
+	$(VENV)/bin/python -m pytest -q -m slow tests/gpu
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -55,9 +55,10 @@ setup(
     # editable install hides the folder from Hydra's scan.
     packages=[
         *find_packages(include=["exact_megatron", "exact_megatron.*"]),
-        *find_namespace_packages(include=["hydra_plugins", "hydra_plugins.*"]),
+        *find_namespace_packages("exact_megatron/integrations", include=["hydra_plugins", "hydra_plugins.*"]),
     ],
-    package_data={"exact_megatron": ["py.typed", "comparison.md"]},
+    package_dir={"hydra_plugins": "exact_megatron/integrations/hydra_plugins"},
+    package_data={"exact_megatron": ["py.typed"], "exact_megatron.reporting": ["comparison.md"]},
     install_requires=["numpy>=1.24"],
     extras_require=extras,
     entry_points={"console_scripts": ["exact-megatron = exact_megatron.cli:main"]},

@@ -1,6 +1,7 @@
 """Draw docs/images/context_parallel.png: who holds which token under context parallelism, and who attends what.
 
-`python docs/draw_context_parallel.py [FILE]`. What stock attention sees is the arithmetic that tests/test_attention.py checks.
+`python docs/draw_context_parallel.py [FILE]`. What stock attention sees is the arithmetic that
+tests/unit/attention/test_attention.py checks.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path.insert(0, str(HERE.parent))
 
-from test_attention import stock_keys, stock_wrong_share  # noqa: E402
+from tests.unit.attention.test_attention import stock_keys, stock_wrong_share  # noqa: E402
 
 CUTS, CP = [0, 12, 16, 32], 2
 S = CUTS[-1]

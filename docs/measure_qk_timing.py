@@ -86,7 +86,7 @@ def main() -> None:
     args = parser.parse_args()
     from rich.progress import track
 
-    from exact_megatron.training.launch import be_single_rank
+    from exact_megatron.utils.ranks import be_single_rank
 
     be_single_rank()
     args.out.mkdir(parents=True, exist_ok=True)

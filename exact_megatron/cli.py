@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
 import select
 import sys
 import warnings
-from pathlib import Path
 
-from . import __version__, extras
+from . import __version__
+from .commands.census import run_census
+from .commands.train import run_train
 from .config import PREFIX, ExactConfig, ExactError
+from .utils import extras
 
 READER_GONE = 141  # as a shell reports a program that SIGPIPE ended
 TRACEBACK = "--traceback"
@@ -59,7 +59,7 @@ def _main(given: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     add = commands.add_parser("prepare", help="text to Megatron .bin/.idx, with a tokenizer of your own or a given one")
-    from . import prepare
+    from .prepare import prepare
 
     prepare.add_arguments(add)
     add.set_defaults(run=prepare.run)
@@ -102,7 +102,7 @@ def _main(given: list[str]) -> int:
 
     add = commands.add_parser("plan", help="layout, memory, tokens and hours of a run, before it is started")
     _add_run_arguments(add)
-    from . import plan
+    from .planning import plan
 
     plan.add_arguments(add)
     add.set_defaults(run=plan.run)
@@ -124,10 +124,11 @@ def _main(given: list[str]) -> int:
     add.set_defaults(run=convert.run)
 
     add = commands.add_parser("benchmark", help="speed against Megatron's own, in ratios of one run")
-    from . import benchmark
+    from .benchmark import command as benchmark
+    from .benchmark import harness
 
     benchmark.add_arguments(add)
-    add.set_defaults(run=benchmark.run)
+    add.set_defaults(run=harness.run)
 
     add = commands.add_parser("evaluate", help="RULER, NoLiMa, a distance probe, loss by context, and short tasks")
     from .evaluation import command as evaluation
@@ -144,7 +145,7 @@ def _main(given: list[str]) -> int:
         add_help=False,
     )
     add = commands.add_parser("doctor", help="what is installed, what can be hooked, and what a run would do")
-    from . import doctor
+    from .commands import doctor
 
     doctor.add_arguments(add)
     add.set_defaults(run=doctor.run)
@@ -209,101 +210,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.exact.enabled=true")
 
 
-def run_census(args: argparse.Namespace) -> int:
-    """Print, write and draw the census; where no target lies in the tail, unweighted, and then say so.
-
-    Returns:
-        0; 2 without a tail if a setting of the weights was given, which then have none to be computed from.
-    """
-    from .allocation import NoTail, WeightTable
-    from .exposure import ExposureCensus
-    from .packing import read_index
-    from .report import census_json, plot_census, print_census
-
-    names = ("alpha", "gamma", "tau", "eps", "normalization", "max_weight")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    config = ExactConfig(**given).validated(args.seq_length)
-    parts = [
-        ExposureCensus.from_document_lengths(
-            read_index(prefix).lengths, args.seq_length, eod_mask_loss=args.eod_mask_loss
-        )
-        for prefix in args.prefix
-    ]
-    census = sum(parts[1:], parts[0])
-    warning = None
-    try:
-        table = WeightTable.from_census(census, config)
-    except NoTail as error:
-        table, warning = WeightTable.unweighted(census, config), error
-    facts = json.dumps(census_json(census, table), indent=1)
-    if args.json == "-":
-        print(facts)
-    else:
-        print_census(census, table)
-        if args.json:
-            Path(args.json).write_text(facts + "\n")
-    if args.plot:
-        plot_census(census, table, args.plot)
-        print(f"picture: {args.plot}", file=sys.stderr if args.json == "-" else sys.stdout)
-    if warning is not None:
-        sys.stdout.flush()
-        print(f"exact-megatron census: warning: no weights: {warning}", file=sys.stderr)
-    return 2 if warning is not None and given else 0
-
-
-def run_train(args: argparse.Namespace) -> int:
-    from .training.config import load_config
-    from .training.launch import be_single_rank, is_rank, torchrun
-    from .training.lengths import check_lengths
-    from .training.run_lock import only_writer
-    from .training.vocabulary import read_vocabulary
-
-    if args.check:
-        return check_train(args)
-    run = load_config(args.config, args.overrides)
-    if not is_rank():
-        read_vocabulary(run)  # a bad input is one message here, and one a rank later
-    check_lengths(run)
-    if not is_rank():
-        if run.trainer.num_nodes > 1:
-            raise ValueError(
-                f"trainer.num_nodes={run.trainer.num_nodes}: start the ranks with torchrun on every node or with srun, "
-                "`torchrun --nnodes ... -m exact_megatron train --config ...`"
-            )
-        if run.trainer.devices > 1:
-            config = [word for file in args.config or [] for word in ("--config", file)]
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // run.trainer.devices)))
-            traceback = ["--traceback"] if args.traceback else []
-            with only_writer(run.exp_manager.exp_dir):  # the first rank takes it for the run
-                pass
-            command = torchrun(run.trainer.devices, [*traceback, "train", *config, *args.overrides])
-            os.execv(command[0], command)
-        be_single_rank()
-    first = os.environ["RANK"] == "0"
-    with only_writer(run.exp_manager.exp_dir) if first else contextlib.nullcontext():
-        import torch
-
-        from .training.trainer import Trainer
-
-        try:
-            Trainer(run).fit()
-        finally:
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
-    return 0
-
-
-def check_train(args: argparse.Namespace) -> int:
-    """Print what `train` would run and all reasons why it would not; 0, or 2 with a reason."""
-    from .doctor import native_run, run_lines
-
-    report = native_run(args.config, args.overrides, build=True)
-    print("\n".join(run_lines(report)))
-    return 2 if report["refused"] else 0
-
-
 def run_compare(args: argparse.Namespace) -> int:
-    from .training.compare import compare
+    from .commands.compare import compare
 
     for override in args.overrides:
         if override.lstrip("+").startswith(f"{PREFIX}enabled"):

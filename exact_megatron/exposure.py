@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .files import writing
 from .packing import piece_histogram, stream_tokens
+from .utils.files import writing
 
 
 def effective_context(cu_seqlens: np.ndarray, continues: bool = False) -> np.ndarray:

@@ -19,9 +19,7 @@ no projections, nor the norm that Transformer Engine fuses into linear_qkv. The 
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -138,87 +136,14 @@ class QKTiming:
         )
 
 
-def timed_train_step(
-    train_step: Callable[..., Any],
-    config: QKTimingConfig,
-    progress: Callable[[dict[str, Any]], tuple[int, int]],
-    say: Callable[[str], None],
-) -> Callable[..., Any]:
-    """Return a host's `train_step(..., model, optimizer, ...)` with the timing before each step.
-
-    Args:
-        train_step: of Megatron-LM (megatron/training/training.py) or Megatron-Bridge (megatron/bridge/training/train.py).
-        config: with enabled=True.
-        progress: from the call's arguments by name to (steps done, steps of the whole run).
-        say: gets the line for the log, once, on every rank.
-
-    Raises:
-        ExactError: it takes no model or no optimizer.
-    """
-    signature = inspect.signature(train_step)
-    for name in ("model", "optimizer"):
-        if name not in signature.parameters:
-            raise ExactError(f"{TIMING_PREFIX}enabled=true: this host's train_step takes no {name}")
-    timing: list[QKTiming] = []
-
-    @functools.wraps(train_step)
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        step, total = progress(given)
-        if timing and timing[0].optimizer is not given["optimizer"]:  # built anew
-            timing.pop().remove()
-        if not timing:
-            timing.append(QKTiming(config, given["model"], given["optimizer"], total))
-            say(timing[0].describe())
-        timing[0].before_step(step)
-        return train_step(*args, **kwargs)
-
-    return timed
-
-
-def bridge_progress(given: dict[str, Any]) -> tuple[int, int]:
-    """`progress` for Megatron-Bridge's train_step(..., global_state, ...), read in 0.3.1 and 0.6.0."""
-    state = given["global_state"]
-    return state.train_state.step, state.cfg.train.train_iters
-
-
-def before_nemo_step(config: QKTimingConfig, trainer: Any, model: Sequence[Any], say: Callable[[str], None]) -> float:
-    """For NeMo (1 and 2), at the start of every training batch: the timing of the step to come; returns its factor.
-
-    Args:
-        config: with enabled=True.
-        trainer: Lightning's, with one optimizer, NeMo's McoreDistributedOptimizer (nemo/core/optim/mcore_optim.py, read in 2.4.0);
-            keeps the timing from step to step.
-        model: this rank's chunks.
-        say: gets the line for the log, once, on every rank.
-
-    Raises:
-        ExactError: another optimizer (distributed_fused_adam, O2's MainParamsOptimizerWrapper), or no trainer.max_steps.
-    """
-    timing = getattr(trainer, "exact_qk_timing", None)
-    (wrapper,) = trainer.optimizers
-    if not hasattr(wrapper, "mcore_optimizer"):
-        _refuse(f"{type(wrapper).__name__} is not Megatron's optimizer: set model.optim.name=mcore_distributed_optim")
-    if timing is not None and timing.optimizer is not wrapper.mcore_optimizer:  # built anew
-        timing.remove()
-        timing = None
-    if timing is None:
-        if trainer.max_steps < 1:
-            _refuse(f"trainer.max_steps={trainer.max_steps}, and the phase is a share of the steps")
-        timing = QKTiming(config, model, wrapper.mcore_optimizer, trainer.max_steps)
-        trainer.exact_qk_timing = timing
-        say(timing.describe())
-    return timing.before_step(trainer.global_step)
-
-
-def _refuse(problem: str) -> None:
+def refuse(problem: str) -> None:
     raise ExactError(f"{TIMING_PREFIX}enabled=true: {problem}")
 
 
 def _decoder(chunk: Any) -> Any:
     while not hasattr(chunk, "decoder"):
         if not hasattr(chunk, "module"):
-            _refuse(f"{type(chunk).__name__} has no decoder, as megatron.core's GPTModel has")
+            refuse(f"{type(chunk).__name__} has no decoder, as megatron.core's GPTModel has")
         chunk = chunk.module
     return chunk.decoder
 
@@ -228,11 +153,11 @@ def _query_key_rows(decoders: list[Any], config: QKTimingConfig) -> Iterator[tup
     c = decoders[0].config
     tp, groups = c.tensor_model_parallel_size, c.num_query_groups or c.num_attention_heads
     if getattr(c, "multi_latent_attention", False):
-        _refuse("multi-latent attention has no fused query, key and value projection, unset multi_latent_attention")
+        refuse("multi-latent attention has no fused query, key and value projection, unset multi_latent_attention")
     if getattr(c, "attention_output_gate", False):
-        _refuse("attention_output_gate puts gates between the queries and keys of linear_qkv, which is not supported")
+        refuse("attention_output_gate puts gates between the queries and keys of linear_qkv, which is not supported")
     if groups % tp:
-        _refuse(
+        refuse(
             f"num_query_groups={groups} over tensor_model_parallel_size={tp} cuts query groups, use whole groups per rank"
         )
     heads = c.num_attention_heads // groups
@@ -241,21 +166,19 @@ def _query_key_rows(decoders: list[Any], config: QKTimingConfig) -> Iterator[tup
             continue
         linear = getattr(getattr(layer, "self_attention", None), "linear_qkv", None)
         if not isinstance(getattr(linear, "weight", None), torch.nn.Parameter):
-            _refuse(f"layer {layer.layer_number} ({type(layer).__name__}) has no self_attention.linear_qkv.weight")
+            refuse(f"layer {layer.layer_number} ({type(layer).__name__}) has no self_attention.linear_qkv.weight")
         for name in ("weight", "bias"):
             parameter = getattr(linear, name, None)
             if not isinstance(parameter, torch.nn.Parameter) or not parameter.numel():
                 continue  # no bias; Transformer Engine has an empty tensor then
             where = f"self_attention.linear_qkv.{name} of layer {layer.layer_number}"
             if not parameter.requires_grad:
-                _refuse(f"{where} is frozen")
+                refuse(f"{where} is frozen")
             if type(parameter).__name__ == "DTensor" or getattr(parameter, "__fsdp_param__", False):
-                _refuse(f"{where} is sharded by FSDP, which is not supported")
+                refuse(f"{where} is sharded by FSDP, which is not supported")
             head = c.kv_channels * (parameter.shape[1] if parameter.dim() > 1 else 1)
             if parameter.numel() != (heads + 2) * head * groups // tp:
-                _refuse(
-                    f"{where} has the shape {tuple(parameter.shape)}, not that of {groups // tp} whole query groups"
-                )
+                refuse(f"{where} has the shape {tuple(parameter.shape)}, not that of {groups // tp} whole query groups")
             yield parameter, ((heads + 2) * head, (heads + 1) * head)
 
 
@@ -264,7 +187,7 @@ def _parts(optimizer: Any, rows: dict[Tensor, tuple[int, int]]) -> Iterator[tupl
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         kind, inner = type(part).__name__, getattr(part, "optimizer", None)
         if kind not in _KNOWN:
-            _refuse(f"{kind} is not supported, use Megatron's Adam or SGD, with or without its distributed optimizer")
+            refuse(f"{kind} is not supported, use Megatron's Adam or SGD, with or without its distributed optimizer")
         if inner is None or getattr(part, "is_stub_optimizer", False):
             continue  # nothing to train on this rank
         ddp = getattr(part, "ddp_config", None)
@@ -275,18 +198,18 @@ def _parts(optimizer: Any, rows: dict[Tensor, tuple[int, int]]) -> Iterator[tupl
         }
         for name, on in settings.items():
             if on:
-                _refuse(f"{name} is not supported")
+                refuse(f"{name} is not supported")
         if type(inner).__name__ not in _LINEAR_IN_THE_RATE:
-            _refuse(f"{kind} with {type(inner).__name__} is not supported, use Adam or SGD")
+            refuse(f"{kind} with {type(inner).__name__} is not supported, use Adam or SGD")
         for parameter, main, start in _mains(part):
             if parameter not in rows:
                 continue
             if main is None or getattr(inner, "master_weights", False):
-                _refuse(
+                refuse(
                     "the precision-aware optimizer keeps the masters in its own state, unset use_precision_aware_optimizer"
                 )
             if not main.is_contiguous():
-                _refuse(f"a master parameter of {kind} is not contiguous")
+                refuse(f"a master parameter of {kind} is not contiguous")
             spans = kept_spans(start, start + main.numel(), *rows[parameter])
             if spans:
                 yield inner, main, spans
@@ -336,12 +259,12 @@ def _check_everything_found(
     if problem is not None:
         raise problem
     if problems:
-        _refuse(f"{problems} other ranks cannot be timed, and say why")
+        refuse(f"{problems} other ranks cannot be timed, and say why")
     groups = config.num_query_groups or config.num_attention_heads
     bias = bool(config.add_bias_linear or getattr(config, "add_qkv_bias", False))
     whole = config.kv_channels * (config.num_attention_heads + groups) * (config.hidden_size + bias) * len(layers)
     if found != expected or not everywhere or everywhere % whole:
-        _refuse(
+        refuse(
             f"all ranks' optimizers hold {found:,} query and key parameters of {expected:,}, and the ranks' models {everywhere:,}, "
             f"which should be a multiple of {whole:,}"
         )

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.config import ModelConfig, RopeScalingConfig
+from ..training.schema import ModelConfig, RopeScalingConfig
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 
-from ..files import writing
-from ..tokenizer import RECORD, folder_identity, refuse_other_tokenizer, write_json
 from ..training import checkpoint
-from ..training.config import ModelConfig, RopeScalingConfig, RunConfig
+from ..training.schema import ModelConfig, RopeScalingConfig, RunConfig
+from ..utils.files import write_json, writing
+from ..utils.tokenizer import RECORD, folder_identity, refuse_other_tokenizer
 from .config_json import config_json, kv_heads, model_settings, read_config_json
 from .config_json import pad_kv_heads as padded_settings
 from .mapping import EMBEDDING, OUTPUT, Tensor, all_parts, groups_of_tensors

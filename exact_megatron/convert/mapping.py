@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..training.config import ModelConfig
+from ..training.schema import ModelConfig
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"

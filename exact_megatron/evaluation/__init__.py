@@ -6,7 +6,7 @@ scorer.py       log-probabilities of tokens, from either kind of model
 store.py        results.json and items.jsonl of a suite, written so that a run can be resumed and compared
 bootstrap.py    means of cells (task, length) and their intervals
 report.py       tables and pictures of one suite, and of two models
-probe.py, context_loss.py           need log-probabilities alone
+distance_probe.py, context_loss.py           need log-probabilities alone
 ruler.py, short.py, harness.py      lm-eval's own tasks
 nolima.py       the published needle sets and haystacks
 compare.py      two models on the same items

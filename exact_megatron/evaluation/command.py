@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..tokenizer import data_identity, refuse_other_tokenizer
-from . import context_loss, nolima, probe
+from ..utils.tokenizer import data_identity, refuse_other_tokenizer
+from . import context_loss, distance_probe, nolima
 from .model import Model
 from .report import summarize, write_suite_report
 from .store import Metric, Store
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--distances",
         type=int,
         nargs="+",
-        default=list(probe.DISTANCES),
+        default=list(distance_probe.DISTANCES),
         metavar="N",
         help="in tokens; default: 64 128 ... 16384",
     )
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         _compare_tokenizers(suite, args, model)
     if args.tensor_parallel > 1 and (started := _start_ranks(args, model)):
         return started
-    from ..training.launch import be_single_rank, is_rank
+    from ..utils.ranks import be_single_rank, is_rank
 
     if model.kind == "megatron" and not is_rank():
         be_single_rank()
@@ -176,7 +176,7 @@ def _prefix(path: str) -> str:
 
 
 def _start_ranks(args: argparse.Namespace, model: Model) -> int | None:
-    from ..training.launch import is_rank, torchrun
+    from ..utils.ranks import is_rank, torchrun
 
     if model.kind != "megatron":
         raise ValueError("--tensor-parallel is for Megatron checkpoints; a Hugging Face model runs on one device")
@@ -226,9 +226,11 @@ def _distance_probe(args: argparse.Namespace, model: Model, scorer: Any) -> tupl
     }
     notes = ["the probe's items are our own: those of arXiv 2605.10544 are not published"]
     notes += _say(_compare_tokenizers("distance-probe", args, model))
-    store = Store.open(args.output, "distance-probe", probe.METRIC, model.described, settings, notes)
-    probe.run(scorer, probe.ItemMaker(text, filler, distances[-1]), store, distances, args.seeds, items)
-    return store, probe.METRIC
+    store = Store.open(args.output, "distance-probe", distance_probe.METRIC, model.described, settings, notes)
+    distance_probe.run(
+        scorer, distance_probe.ItemMaker(text, filler, distances[-1]), store, distances, args.seeds, items
+    )
+    return store, distance_probe.METRIC
 
 
 def _say(remarks: list[str]) -> list[str]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..comparison import changed_settings
-from ..report import COLORS, new_figure, plain_axes, print_parts
+from ..reporting.style import COLORS, new_figure, plain_axes, print_parts
+from ..utils.files import changed_settings
 from .bootstrap import LEVEL, MIN_UNITS, RESAMPLES, Estimate, average, collect, estimate, resample
 from .report import averages, length_label, markdown_table, metric_of, number
 from .store import Metric, read_results

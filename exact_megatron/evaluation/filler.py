@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..corpus import cut_shards, list_files, read_documents
 from ..packing import read_index
-from ..tokenizer import read_json
+from ..prepare.corpus import cut_shards, list_files, read_documents
+from ..utils.files import read_json
 from .model import Text
 from .store import digest
 

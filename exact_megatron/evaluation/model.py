@@ -9,14 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..tokenizer import (
+from ..utils.files import read_json
+from ..utils.tokenizer import (
     Identity,
     added_tokens,
     find_eod,
     folder_identity,
     identity,
     load_tokenizer,
-    read_json,
     tokenizer_file,
 )
 from .scorer import HuggingFaceScorer, MegatronScorer

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..report import new_figure, plain_axes, print_parts
+from ..reporting.style import new_figure, plain_axes, print_parts
 from .bootstrap import LEVEL, RESAMPLES, Cell, Cells, Estimate, average, collect, estimate, resample
 from .store import Metric
 

@@ -165,7 +165,7 @@ def scoring_config(state: dict[str, Any], dtype: str, tensor_parallel: int) -> A
     """The run that made a checkpoint, as a RunConfig for scoring: its model, this layout, and none of its training."""
     from omegaconf import OmegaConf
 
-    from ..training.config import OptimConfig, RunConfig
+    from ..training.schema import OptimConfig, RunConfig
 
     run: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(state["config"])))
     m, plain = run.model, RunConfig().model
@@ -193,11 +193,11 @@ def scoring_config(state: dict[str, Any], dtype: str, tensor_parallel: int) -> A
 
 def _vocab_size(run: Any) -> int | None:
     """Words of the tokenizer, without the rows that pad the embedding; None where nobody says."""
-    from ..training.vocabulary import data_prefixes
+    from ..training.data_files import data_prefixes
 
     if run.model.override_vocab_size is not None:
         return int(run.model.override_vocab_size)
-    from ..tokenizer import read_json
+    from ..utils.files import read_json
 
     prefixes = [p for blend in data_prefixes(run).values() if blend for p in blend[0]]
     return read_json(f"{prefixes[0]}.json").get("vocab_size")

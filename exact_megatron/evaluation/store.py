@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..machine import machine
-from ..tokenizer import read_json, write_json
+from ..utils.environment import machine
+from ..utils.files import read_json, write_json
 
 FORMAT = 1
 PACKAGES = ("transformers", "lm-eval", "tokenizers")

@@ -2,10 +2,10 @@
 
 * settings: `model.exact.*`, --exact-* flags, EXACT_* and --exact-config, taken out before the host parses anything.
 * hooks: replacing parts of a host while it trains.
-* weights: what every host says of them, and the comparison with a checkpoint.
+* checkpoint_guard: what every host says of weights, and the comparison with a checkpoint.
 * documents: DocumentAttention in a host's model, and the boundaries on every rank of every stage.
-* megatron_lm: Megatron-LM's pretrain_gpt.py; megatron_lm_plan: what of its arguments is refused, who masks documents.
+* megatron_lm: Megatron-LM's pretrain_gpt.py; megatron_lm_arguments: what of its arguments is refused, who masks documents.
 * bridge: Megatron-Bridge's recipes and scripts, by one call or under bridge_launch; bridge_training: one run of its pretrain().
-* nemo: NeMo's YAML-configured MegatronGPTModel; nemo_recipes: NeMo 2's GPTModel; nemo_plan: versions, settings, what is refused.
-* reports: sums of the losses for hosts whose own log carries one.
+* nemo: NeMo's YAML-configured MegatronGPTModel; nemo_recipes: NeMo 2's GPTModel; nemo_arguments: versions, settings, what is refused.
+* loss_sums: sums of the losses for hosts whose own log carries one.
 """

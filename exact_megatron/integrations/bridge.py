@@ -34,11 +34,10 @@ from types import ModuleType
 from typing import Any
 
 from ..config import PREFIX, TIMING_PREFIX, ExactConfig, ExactError, QKTimingConfig, split_overrides
+from .checkpoint_guard import ANEW, refuse_unweighted
 from .hooks import replaced, when_imported
 from .settings import given_settings, read_block, take_timing
-from .weights import refuse_unweighted
 
-ANEW = "start anew with checkpoint.finetune=true"
 LAUNCHER = "exact_megatron.integrations.bridge_launch"
 _installed: Installation | None = None
 
@@ -153,7 +152,7 @@ class Installation:
             self.ran = True
             with ExitStack() as stack:
                 if timing.enabled:
-                    from ..qk_timing import bridge_progress, timed_train_step
+                    from .timing import bridge_progress, timed_train_step
 
                     train = importlib.import_module("megatron.bridge.training.train")
                     timed = timed_train_step(train.train_step, timing, bridge_progress, _say)

@@ -13,9 +13,9 @@ import os
 import sys
 
 from ..config import ExactError
-from ..launch import parse
-from ..training.launch import be_single_rank, is_rank
+from ..utils.ranks import be_single_rank, is_rank
 from . import bridge
+from .script import parse
 
 
 def main(arguments: list[str] | None = None) -> int:

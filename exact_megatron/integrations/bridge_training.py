@@ -25,14 +25,13 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from ..attention.supported import unsupported_loss
 from ..config import ExactConfig, ExactError
 from ..dataset import ExactDatasetBuilder, members
 from ..loss import ExactLoss
-from ..supported import unsupported_loss
-from .bridge import ANEW
+from .checkpoint_guard import ANEW, check_resumed, table_lines
 from .documents import check_masked, feed_documents, masking_documents
 from .hooks import replaced
-from .weights import check_resumed, table_lines
 
 ASK = "dataset.reset_attention_mask=true"
 

@@ -18,7 +18,9 @@ import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from ..attention import DocumentAttention, DocumentBoundaries, check_supported, document_boundaries
+from ..attention.boundaries import DocumentBoundaries, document_boundaries
+from ..attention.document_attention import DocumentAttention
+from ..attention.supported import check_supported
 from ..config import ExactError
 from .hooks import replaced
 

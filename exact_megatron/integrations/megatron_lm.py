@@ -13,7 +13,7 @@ What is replaced while `pretrain` runs, and given back when it returns (paths in
 
 A run that does not enable EXACT has check_checkpoint_args (and train_step) alone replaced, so that a checkpoint trained with
 weights does not go on without them in silence. What EXACT would weight wrongly is refused on every rank before the first step, see
-megatron_lm_plan.py.
+megatron_lm_arguments.py.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from ..allocation import WeightTable
 from ..config import ExactConfig, ExactError, QKTimingConfig
 from ..dataset import ExactDatasetBuilder, members
 from ..loss import ExactLoss
-from ..qk_timing import timed_train_step
+from .checkpoint_guard import check_resumed, refuse_unweighted, table_lines
 from .documents import check_masked, feed_documents, masking_documents
 from .hooks import file_of, replaced, script_global
-from .megatron_lm_plan import OWN, core_version, plan_masking, refusals
+from .megatron_lm_arguments import OWN, core_version, plan_masking, refusals
 from .settings import take_settings, take_timing
-from .weights import check_resumed, refuse_unweighted, table_lines
+from .timing import timed_train_step
 
 BUCKET = "lm loss "  # what ExactLoss names the losses of buckets by
 

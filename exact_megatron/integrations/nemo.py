@@ -29,18 +29,18 @@ import nemo
 import torch
 from omegaconf import OmegaConf, open_dict
 
+from ..attention.supported import unsupported_loss
 from ..config import ExactConfig, ExactError, QKTimingConfig
 from ..dataset import ExactDatasetBuilder
 from ..loss import ExactLoss, gpt_loss
-from ..qk_timing import before_nemo_step
-from ..supported import unsupported_loss
+from .checkpoint_guard import check_resumed, refuse_unweighted, table_lines
 from .documents import MaskAttention, check_masked, feed_documents, masking_documents
 from .hooks import replaced
-from .megatron_lm_plan import core_version
-from .nemo_plan import check_version, masked, refusals, said, settings
-from .reports import LossSums
+from .loss_sums import LossSums
+from .megatron_lm_arguments import core_version
+from .nemo_arguments import check_version, masked, refusals, said, settings
 from .settings import take_timing
-from .weights import check_resumed, refuse_unweighted, table_lines
+from .timing import before_nemo_step
 
 check_version(nemo.__version__)
 

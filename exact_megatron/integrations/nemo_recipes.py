@@ -18,16 +18,16 @@ from typing import Any
 import nemo
 import torch
 
+from ..attention.supported import unsupported_loss
 from ..config import ExactError, QKTimingConfig
 from ..dataset import ExactDatasetBuilder, ExactGPTDataset, members
 from ..loss import ExactLoss, gpt_loss
 from ..packing import read_index
-from ..qk_timing import before_nemo_step
-from ..supported import unsupported_loss
+from .checkpoint_guard import check_resumed, refuse_unweighted, table_lines
 from .documents import MaskAttention, check_masked, join_boundaries, masking_documents
-from .nemo_plan import check_version, settings
-from .reports import LossSums
-from .weights import check_resumed, refuse_unweighted, table_lines
+from .loss_sums import LossSums
+from .nemo_arguments import check_version, settings
+from .timing import before_nemo_step
 
 check_version(nemo.__version__, recipes=True)
 

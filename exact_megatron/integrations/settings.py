@@ -22,7 +22,7 @@ from ..config import (
     unknown_key,
 )
 from ..ranges import range_of
-from ..settings_file import json_object, yaml_text
+from ..utils.settings_file import json_object, yaml_text
 
 FLAG = "--exact-"
 ENVIRONMENT = "EXACT_"

@@ -25,9 +25,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..config import ExactConfig, ExactError
-from ..tokenizer import UNKNOWN, Identity
-from .config import RunConfig
+from ..utils.tokenizer import UNKNOWN, Identity
 from .processes import end_checkpoint_queue_with_this_process
+from .schema import RunConfig
 
 _STEP = re.compile(r"step_(\d+)$")
 # Optimizer state per parameter, as a plain optimizer has it: loads under any tensor, pipeline and data parallel size.

@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from ..config import parse_scalar, unknown_key
 from ..ranges import block_of, range_of, settings, shown
-from ..settings_file import yaml_text
+from ..utils.settings_file import yaml_text
 from .checks import check
 from .schema import ModelConfig, OptimConfig, RopeScalingConfig, RunConfig  # noqa: F401, other modules take them from here
 

@@ -15,12 +15,12 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..attention import document_boundaries
+from ..attention.boundaries import document_boundaries
 from ..config import ExactError
 from ..dataset import ExactDatasetBuilder
 from ..loss import ExactLoss
-from .config import RunConfig
-from .vocabulary import Vocabulary, data_prefixes
+from .data_files import Vocabulary, data_prefixes
+from .schema import RunConfig
 
 
 def build_datasets(run: RunConfig, vocabulary: Vocabulary, loss: ExactLoss) -> tuple[list[Any], ExactDatasetBuilder]:

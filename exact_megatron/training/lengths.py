@@ -6,8 +6,8 @@ from itertools import accumulate, pairwise
 
 from ..blend import member_samples, split_tokens
 from ..packing import read_index
-from .config import RunConfig
-from .vocabulary import data_prefixes
+from .data_files import data_prefixes
+from .schema import RunConfig
 
 
 def check_lengths(run: RunConfig) -> None:

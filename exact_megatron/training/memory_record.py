@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core import parallel_state
 
-from ..files import writing
+from ..utils.files import writing
 
 if TYPE_CHECKING:
     from .trainer import Trainer

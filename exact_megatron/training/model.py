@@ -21,8 +21,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ..attention import DocumentAttention, check_supported
-from ..supported import transformer_engine_version, unsupported_loss
+from ..attention.document_attention import DocumentAttention
+from ..attention.supported import check_supported, transformer_engine_version, unsupported_loss
 from .chunked_loss import chunk_loss
 from .schema import RunConfig
 from .torch_adam import restore_torch_adam_steps

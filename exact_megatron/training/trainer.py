@@ -20,21 +20,20 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from rich.console import Console
 
-from .. import determinism
 from ..allocation import WeightTable
 from ..config import ExactConfig, ExactError
 from ..dataset import from_rank_0, members
 from ..loss import ExactLoss, gpt_loss
 from ..qk_timing import QKTiming
-from ..tokenizer import UNKNOWN, refuse_other_tokenizer
-from . import checkpoint
-from .config import RunConfig
+from ..utils.tokenizer import UNKNOWN, refuse_other_tokenizer
+from . import checkpoint, determinism
 from .data import STOP_SIGNALS, build_datasets, build_loader, get_batch
+from .data_files import ACCEPT_TOKENIZER, read_vocabulary
 from .memory_record import record_memory
+from .metrics_log import RunLog
 from .model import build_model, build_optimizer
 from .processes import end_forks_with_this_process
-from .runlog import RunLog
-from .vocabulary import ACCEPT_TOKENIZER, read_vocabulary
+from .schema import RunConfig
 
 
 def runs_on_cpu(run: RunConfig) -> bool:

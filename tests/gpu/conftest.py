@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from small import PRECISIONS
+from tests.gpu.small import PRECISIONS
 
 
 def pytest_collection_modifyitems(items):
@@ -27,7 +24,7 @@ def pytest_generate_tests(metafunc):
     """`precision`: fp32 on the CPU always, and on a GPU what Transformer Engine is for."""
     given = [mark for mark in metafunc.definition.iter_markers("parametrize") if mark.args[0] == "precision"]
     if "precision" in metafunc.fixturenames and not given:
-        quick = metafunc.module.__name__ != "test_training"
+        quick = metafunc.module.__name__ != "tests.gpu.test_training"
         cpu = pytest.param("fp32", marks=() if quick else pytest.mark.slow)
         others = [pytest.param(name, marks=pytest.mark.gpu) for name in PRECISIONS[1:]]
         metafunc.parametrize("precision", [cpu, *others], scope="module")

@@ -127,7 +127,7 @@ def check(precision: str) -> dict[str, Any]:
 def main() -> None:
     from megatron.core import parallel_state, tensor_parallel
 
-    from exact_megatron.training.launch import be_single_rank
+    from exact_megatron.utils.ranks import be_single_rank
 
     sys.path.insert(0, str(Path(__file__).parent))
     if DEVICE.type == "cpu":

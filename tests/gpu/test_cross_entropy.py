@@ -71,7 +71,7 @@ def test_megatron_core_native_fusion(contiguous, record):
     from megatron.core import parallel_state
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
-    from exact_megatron.training.launch import be_single_rank
+    from exact_megatron.utils.ranks import be_single_rank
 
     if not torch.distributed.is_initialized():
         be_single_rank()

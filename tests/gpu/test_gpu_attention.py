@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from exact_megatron import attention
+from exact_megatron.attention import kernels
 
 LENGTHS = [(700, 3, 1000, 345), (1, 2, 2045), (2048,), (512, 1, 1, 1534)]
 SHAPES = [(32, 8, 64), (32, 8, 128), (9, 3, 64), (16, 16, 128)]  # heads, KV heads, channels; 9 and 3 are SmolLM2-135M's
@@ -32,7 +32,7 @@ def errors(kernel, lengths, shape, device, dtype):
         torch.randn(total, n, channels, device=device).to(dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)
     ]
     exact = [t.detach().float().requires_grad_() for t in inputs]
-    out = torch.cat(attention._KERNELS[kernel](*inputs, lengths, lengths, None))
+    out = torch.cat(kernels.KERNEL_FUNCTIONS[kernel](*inputs, lengths, lengths, None))
     reference = one_at_a_time(*exact, lengths)
     gradient = torch.randn_like(reference)
     out.backward(gradient.to(dtype))
@@ -66,8 +66,8 @@ def test_documents_do_not_see_each_other(kernel):
     lengths = (300, 500, 224)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1024, 8, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    before = torch.cat(attention._KERNELS[kernel](q, k, v, lengths, lengths, None))
+    before = torch.cat(kernels.KERNEL_FUNCTIONS[kernel](q, k, v, lengths, lengths, None))
     k, v = (torch.cat([t[:300], torch.randn_like(t[300:800]), t[800:]]) for t in (k, v))
-    after = torch.cat(attention._KERNELS[kernel](q, k, v, lengths, lengths, None))
+    after = torch.cat(kernels.KERNEL_FUNCTIONS[kernel](q, k, v, lengths, lengths, None))
     assert torch.equal(before[:300], after[:300]) and torch.equal(before[800:], after[800:])
     assert not torch.equal(before[300:800], after[300:800])

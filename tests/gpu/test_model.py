@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from small import PRECISIONS
+
+from tests.gpu.small import PRECISIONS
 
 # Mean relative difference of the losses, relative error of the whole gradient. fp32: rounding. bf16: 8 bits of mantissa through
 # two layers. FP8: 3 (2 in gradients), and scales over a whole batch differ from those over one document.

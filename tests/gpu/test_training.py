@@ -4,8 +4,9 @@ import json
 import math
 
 import pytest
-from ranks import launch
-from small import MODEL, SEQ_LENGTH, precision_settings, write_text
+
+from tests.gpu.small import MODEL, SEQ_LENGTH, precision_settings, write_text
+from tests.helpers.ranks import launch
 
 STEPS = {"fp32": 12}  # 200 on a GPU
 LAST = 20  # steps whose mean loss is compared
@@ -27,7 +28,12 @@ def train(folder, precision, steps, arms):
     common = settings(precision, folder, steps)
     jobs = [{"name": name, "overrides": [*common, *more], "steps": steps} for name, more in arms.items()]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    launch("run_layouts.py", [str(folder / "x.yaml"), str(folder / "jobs.json"), str(folder)], world=1, timeout=500)
+    launch(
+        "distributed/run_layouts.py",
+        [str(folder / "x.yaml"), str(folder / "jobs.json"), str(folder)],
+        world=1,
+        timeout=500,
+    )
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in arms}
 
 

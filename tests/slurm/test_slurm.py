@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import config_file, write_data
+
+from tests.helpers.tiny import config_file, write_data
 
 pytestmark = pytest.mark.slurm
 

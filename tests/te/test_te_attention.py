@@ -8,13 +8,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_attention import D, S, assert_close, attend, config, dense, lower_right, packing, run, tensors
-from test_attention_cp import zigzag
-from thread_ranks import COLLECTIVES, Group
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from exact_megatron import attention, context_parallel
-from exact_megatron.attention import DocumentAttention, document_boundaries
+from exact_megatron.attention import DocumentAttention, context_parallel, document_boundaries
+from exact_megatron.attention import kernels as attention_kernels
+from tests.distributed.test_attention_cp import zigzag
+from tests.te.thread_ranks import COLLECTIVES, Group
+from tests.unit.attention.test_attention import (
+    D,
+    S,
+    assert_close,
+    attend,
+    config,
+    dense,
+    lower_right,
+    packing,
+    run,
+    tensors,
+)
 
 pytestmark = pytest.mark.te
 
@@ -100,11 +111,11 @@ def kernels(te, monkeypatch):
         with one_at_a_time:
             return te_kernel(*args, **given)
 
-    te_kernel = attention._te
-    monkeypatch.setitem(attention._KERNELS, "te", locked)
-    attention._te_module.cache_clear()
+    te_kernel = attention_kernels._te
+    monkeypatch.setitem(attention_kernels.KERNEL_FUNCTIONS, "te", locked)
+    attention_kernels.te_module.cache_clear()
     yield found
-    attention._te_module.cache_clear()
+    attention_kernels.te_module.cache_clear()
 
 
 def run_ranks(cp: int, mode: str, heads: int, groups: int, params, case, **more):
@@ -149,8 +160,8 @@ def test_equals_dense(kernels, cp, mode, batch, heads, groups):
 @pytest.mark.parametrize("cp", [2, 4])
 def test_gather_before_packed_inputs(kernels, monkeypatch, cp, batch):
     """Without `kv_layer` (older versions) Transformer Engine's layout check accepts the copies."""
-    arguments = attention._arguments
-    monkeypatch.setattr(attention, "_arguments", lambda function: arguments(function) - {"kv_layer"})
+    arguments = attention_kernels._arguments
+    monkeypatch.setattr(attention_kernels, "_arguments", lambda function: arguments(function) - {"kv_layer"})
     cuts, case = packing(7, batch), [t.bfloat16() for t in tensors(4, 2, batch)]
     ours = run_ranks(cp, "gather", 4, 2, document_boundaries(cuts, S, batch), case)
     reference = run(lambda *t: dense(*t, cuts), *(t.double() for t in case))
@@ -163,7 +174,7 @@ def test_parts_of_one_buffer_are_rejected(kernels):
     """Why gather declares its layout; were this to pass one day, the copies for old versions could go."""
     q, k, v = torch.randn(8, 2, D).bfloat16(), *torch.randn(2, 16, 2, D).bfloat16()[:, 8:]
     with pytest.raises(RuntimeError, match="qkv memory layout is not supported"):
-        attention._te(q, k, v, (8,), (8,), None)
+        attention_kernels._te(q, k, v, (8,), (8,), None)
 
 
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (4, 1)])
@@ -222,9 +233,9 @@ def test_gather_keeps_the_local_keys_and_values(kernels, monkeypatch, cp):
 
 
 def test_fastest_is_transformer_engine(te):
-    attention._fastest_on_cuda.cache_clear()
-    assert attention._fastest_on_cuda() == "te"
-    attention._fastest_on_cuda.cache_clear()
+    attention_kernels._fastest_on_cuda.cache_clear()
+    assert attention_kernels._fastest_on_cuda() == "te"
+    attention_kernels._fastest_on_cuda.cache_clear()
 
 
 @pytest.mark.parametrize("heads, groups", SHAPES)
@@ -235,6 +246,6 @@ def test_real_varlen(te, heads, groups, lengths, interleaved):
     q = torch.empty(9, heads, D, device="meta", dtype=torch.bfloat16, requires_grad=True)
     kv = torch.empty(sum(lengths[1]), 2, groups, D, device="meta", dtype=torch.bfloat16, requires_grad=True)
     k, v = (kv, None) if interleaved else kv.unbind(1)
-    (out,) = attention._varlen(q, k, v, *lengths, None)
+    (out,) = attention_kernels._varlen(q, k, v, *lengths, None)
     out.sum().backward()
     assert out.shape == q.grad.shape == q.shape and kv.grad.shape == kv.shape

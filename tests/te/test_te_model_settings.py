@@ -11,11 +11,11 @@ import sys
 
 import pytest
 import torch
-from tiny import config_file, write_data
 
 from exact_megatron.training import model as runner
 from exact_megatron.training.config import load_config
 from exact_megatron.training.fp8 import misaligned
+from tests.helpers.tiny import config_file, write_data
 
 pytestmark = pytest.mark.te
 

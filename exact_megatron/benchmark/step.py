@@ -1,0 +1,42 @@
+"""A training step with EXACT against the unweighted one with the same masks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .arms import Arm, prove_arms
+from .harness import Measured, Row, interleaved, median_of_pairs
+from .one_rank import WARMUP, describe_steps, one_rank, twin
+
+
+def measure_step(args: argparse.Namespace) -> Measured:
+    """Steps with and without EXACT, of one model on the same batches with the same document masks."""
+    from ..loss import gpt_loss
+    from ..training.data import build_loader
+
+    with one_rank(args, args.steps + WARMUP, ["model.exact.enabled=true"]) as (settings, trainer):
+
+        def arm(own: Arm) -> Callable[[int], Any]:
+            loader = iter(build_loader(settings, own.dataset, trainer.vocabulary, consumed=0))
+
+            def step(_: int) -> None:
+                trainer.loss_func = own.loss_func
+                trainer.train_step(loader)
+
+            return step
+
+        exact = Arm(trainer.train_data, trainer.loss_func)
+        baseline = Arm(twin(trainer.train_data, weight_table=None), gpt_loss)
+        proof = prove_arms(exact, baseline, settings.model.global_batch_size)
+        arms = {"exact": arm(exact), "baseline": arm(baseline)}
+        interleaved(arms, WARMUP)
+        seconds = interleaved(arms, args.steps)
+        setup = describe_steps(settings, trainer, args.steps)
+    ratio, interval = median_of_pairs(seconds["baseline"] / seconds["exact"])
+    own, reference = (settings.tokens_per_step / float(np.median(seconds[name])) for name in ("exact", "baseline"))
+    row = Row("training step", own, reference, "tokens/s", ratio, "ratio >= 0.99", ratio >= 0.99, interval)
+    return {"setup": setup, "arms": proof}, [row]

@@ -1,0 +1,1 @@
+"""Commands of `exact-megatron` that belong to no other package."""

@@ -1,0 +1,52 @@
+"""`exact-megatron census`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ..config import ExactConfig
+
+
+def run_census(args: argparse.Namespace) -> int:
+    """Print, write and draw the census; where no target lies in the tail, unweighted, and then say so.
+
+    Returns:
+        0; 2 without a tail if a setting of the weights was given, which then have none to be computed from.
+    """
+    from ..allocation import NoTail, WeightTable
+    from ..exposure import ExposureCensus
+    from ..packing import read_index
+    from ..reporting.census import census_json, plot_census, print_census
+
+    names = ("alpha", "gamma", "tau", "eps", "normalization", "max_weight")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    config = ExactConfig(**given).validated(args.seq_length)
+    parts = [
+        ExposureCensus.from_document_lengths(
+            read_index(prefix).lengths, args.seq_length, eod_mask_loss=args.eod_mask_loss
+        )
+        for prefix in args.prefix
+    ]
+    census = sum(parts[1:], parts[0])
+    warning = None
+    try:
+        table = WeightTable.from_census(census, config)
+    except NoTail as error:
+        table, warning = WeightTable.unweighted(census, config), error
+    facts = json.dumps(census_json(census, table), indent=1)
+    if args.json == "-":
+        print(facts)
+    else:
+        print_census(census, table)
+        if args.json:
+            Path(args.json).write_text(facts + "\n")
+    if args.plot:
+        plot_census(census, table, args.plot)
+        print(f"picture: {args.plot}", file=sys.stderr if args.json == "-" else sys.stdout)
+    if warning is not None:
+        sys.stdout.flush()
+        print(f"exact-megatron census: warning: no weights: {warning}", file=sys.stderr)
+    return 2 if warning is not None and given else 0

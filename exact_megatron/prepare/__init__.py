@@ -1,0 +1,1 @@
+"""`exact-megatron prepare`: text to Megatron's .bin/.idx."""

@@ -1,0 +1,1 @@
+"""Tables and pictures. No torch, no megatron."""

@@ -1,0 +1,383 @@
+"""What a paired comparison of baseline and EXACT measured: tables, pictures and report.md.
+
+Reads the files of runs; no torch, no megatron. matplotlib, rich and omegaconf are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..utils.files import changed_settings
+from .census import draw_census
+from .style import (
+    COLORS,
+    TAIL_LINE,
+    TAIL_SHADE,
+    Row,
+    add_bucket,
+    bucket_label,
+    bucket_table,
+    markdown_table,
+    new_figure,
+    percent,
+    plain_axes,
+    print_parts,
+    tail_mark,
+)
+
+ARMS = {"baseline": "baseline", "exact": "EXACT"}  # folder: name in tables and pictures
+SKIPPED_STEPS = 5  # the first steps of an arm count for nothing in its speed: allocators and caches warm up
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a paired comparison left on disk; the keys are the runs "base", "baseline" and "exact".
+
+    Attributes:
+        configs: config.yaml of each run.
+        steps: lines of metrics.jsonl of each run, in order.
+        held_out: last line of validation.jsonl of each run.
+        weights: exact/weights.json: census, digest, buckets.
+        proof: arms.json, what arms.py found on the arms' first batch before they were trained.
+        facts: comparison.json: command, date, versions, hardware, number of parameters; empty without it.
+    """
+
+    configs: dict[str, dict[str, Any]]
+    steps: dict[str, list[dict[str, Any]]]
+    held_out: dict[str, dict[str, Any]]
+    weights: dict[str, Any]
+    proof: dict[str, Any]
+    facts: dict[str, Any]
+
+    @property
+    def window(self) -> int:
+        """Window of the two arms in tokens."""
+        return int(self.configs["exact"]["model"]["data"]["seq_length"])
+
+    @property
+    def tau(self) -> int:
+        """Lower edge of the tail in tokens."""
+        tau = self.configs["exact"]["model"]["exact"]["tau"]
+        return self.window // 4 if tau is None else int(tau)
+
+    def losses(self) -> list[dict[str, Any]]:
+        """Held-out loss by effective context: [{low, high, targets, baseline, exact, difference}] in order of
+        context; losses are unweighted, in nats per target, and None in a bucket without targets."""
+        rows = []
+        for name, bucket in self.held_out["baseline"]["buckets"].items():
+            low, high = map(int, name.split("-"))
+            loss = {arm: self.held_out[arm]["buckets"][name]["loss"] for arm in ARMS}
+            difference = None if None in loss.values() else loss["exact"] - loss["baseline"]
+            rows.append({"low": low, "high": high, "targets": bucket["targets"], **loss, "difference": difference})
+        return sorted(rows, key=lambda row: row["low"])
+
+    def total(self) -> dict[str, Any]:
+        """The same over all buckets: {targets, baseline, exact, difference}."""
+        loss = {arm: self.held_out[arm]["validation_loss"] for arm in ARMS}
+        targets = sum(row["targets"] for row in self.losses())
+        return {"targets": targets, **loss, "difference": loss["exact"] - loss["baseline"]}
+
+    def speed(self) -> str:
+        """A sentence with both arms' median speed, its spread over the steps, and the ratio."""
+        median, parts = {}, []
+        for arm, name in ARMS.items():
+            values = np.array([line["tokens_per_s"] for line in self.steps[arm]])
+            values = values[min(SKIPPED_STEPS, len(values) // 2) :]
+            low, median[arm], high = np.percentile(values, [25, 50, 75])
+            parts.append(
+                f"{name} {median[arm]:,.0f} tokens/s (middle half of {len(values)} steps: {low:,.0f} to {high:,.0f})"
+            )
+        return f"Median speed: {', '.join(parts)}; EXACT / baseline {median['exact'] / median['baseline']:.3f}."
+
+
+def read_comparison(comparison_dir: str | os.PathLike[str]) -> Comparison:
+    """Read the runs base, baseline and exact in `comparison_dir`, and check that the two arms are a pair.
+
+    Raises:
+        FileNotFoundError: a run or one of its files is missing.
+        ValueError: a run has not reached its last step, the arms differ in more than model.exact.enabled or in the targets
+            they were trained or measured on, or one of them was not trained with the weights that it should have.
+    """
+    from omegaconf import OmegaConf
+
+    folder = Path(comparison_dir)
+    configs: dict[str, dict[str, Any]] = {}
+    lines: dict[str, dict[str, list[dict[str, Any]]]] = {"metrics": {}, "validation": {}}
+    for run in ("base", *ARMS):
+        for name in ("config.yaml", "metrics.jsonl", "validation.jsonl"):
+            if not (folder / run / name).is_file():
+                raise FileNotFoundError(f"{folder / run / name} does not exist: `exact-megatron compare` writes it")
+        configs[run] = OmegaConf.to_container(OmegaConf.load(folder / run / "config.yaml"))  # type: ignore[assignment]
+        last = configs[run]["trainer"]["max_steps"]
+        for name, runs in lines.items():
+            text = (folder / run / f"{name}.jsonl").read_text()
+            runs[run] = [json.loads(line) for line in text.splitlines()]
+            if not runs[run] or runs[run][-1]["step"] != last:
+                raise ValueError(f"{folder / run / name}.jsonl does not reach step {last}: run the comparison again")
+
+    weighted = {run: configs[run]["model"]["exact"]["enabled"] for run in ARMS}
+    differing = changed_settings(configs["baseline"], configs["exact"])
+    others = [key for key in differing if not key.startswith(("model.exact.", "exp_manager.exp_dir"))]
+    if others or weighted != {"baseline": False, "exact": True}:
+        raise ValueError(
+            f"{folder}: baseline and exact must differ in model.exact.enabled alone; it is "
+            f"{weighted['baseline']} and {weighted['exact']}, and other differences are: "
+            f"{', '.join(others) or 'none'}"
+        )
+    held_out = {run: lines["validation"][run][-1] for run in configs}
+    trained = {run: [line["targets"] for line in lines["metrics"][run]] for run in configs}
+    measured = {run: {k: b["targets"] for k, b in held_out[run]["buckets"].items()} for run in configs}
+    for what, targets in (("trained", trained), ("measured", measured)):
+        if targets["baseline"] != targets["exact"]:
+            raise ValueError(f"{folder}: baseline and exact were {what} on different targets, so that they are no pair")
+
+    if not (folder / "arms.json").is_file():
+        raise FileNotFoundError(f"{folder / 'arms.json'} does not exist: `exact-megatron compare` writes it")
+    proof = json.loads((folder / "arms.json").read_text())
+    for run in ARMS:
+        check_trained(folder / run, proof if run == "exact" else None)
+    weights = json.loads((folder / "exact" / "weights.json").read_text())
+    facts = folder / "comparison.json"
+    return Comparison(
+        configs, lines["metrics"], held_out, weights, proof, json.loads(facts.read_text()) if facts.is_file() else {}
+    )
+
+
+def check_trained(run: str | os.PathLike[str], proof: Mapping[str, Any] | None) -> None:
+    """Check by what a run of the native runner wrote that it was trained as the arm that it should be.
+
+    Args:
+        run: its folder, with metrics.jsonl.
+        proof: what arms.py found for a weighted arm; None for the baseline.
+
+    Raises:
+        ValueError: the weighted arm's loss was never weighted, or by another table than the proof's; the baseline's was.
+    """
+    steps = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    weighted = [line["step"] for line in steps if line["exact_loss"] != line["lm_loss"]]
+    table = Path(run, "weights.json")
+    digest = json.loads(table.read_text())["digest"] if table.is_file() else None
+    if proof is None and (weighted or digest):
+        first = f", and its loss is weighted from step {weighted[0]}" if weighted else ""
+        raise ValueError(
+            f"{run} should be the baseline, and has the weight table {digest}{first}: remove it and train it again"
+        )
+    if proof is not None and (not weighted or digest != proof["weight table"]):
+        raise ValueError(
+            f"{run} should be weighted by the table {proof['weight table']}; it has {digest}, and its loss is weighted in "
+            f"{len(weighted)} of {len(steps)} steps: remove it and train it again"
+        )
+
+
+def write_report(comparison_dir: str | os.PathLike[str], quiet: bool = False) -> Path:
+    """Write report.md, heldout.png, training.png and census.png into `comparison_dir`.
+
+    Args:
+        quiet: do not print the losses and speeds on standard output.
+
+    Returns:
+        The path of report.md.
+
+    Raises:
+        FileNotFoundError, ValueError: see read_comparison.
+    """
+    folder = Path(comparison_dir)
+    result = read_comparison(folder)
+    draw_held_out(result, folder / "heldout.png")
+    draw_training(result, folder / "training.png")
+    draw_census(result.weights["buckets"], result.tau, folder / "census.png")
+    path = folder / "report.md"
+    path.write_text(_markdown(result))
+    if not quiet:
+        print_comparison(result)
+        print_parts(f"Report: {path}")
+    return path
+
+
+def print_comparison(result: Comparison) -> None:
+    """Print held-out losses and speeds of both arms on standard output."""
+    out = bucket_table(
+        f"Held-out loss by effective context, window {result.window:,} tokens",
+        ["effective context", "targets", *ARMS.values(), "difference"],
+    )
+    for row in result.losses():
+        add_bucket(out, row, result.tau, *_losses(row))
+    out.add_section()
+    total = result.total()
+    out.add_row("all", f"{total['targets']:,}", *_losses(total), "")
+    print_parts(
+        out,
+        "Losses are unweighted, in nats per target, on the same samples in both arms.",
+        result.speed(),
+        "One seed of one run: it cannot tell whether a difference is more than chance (see the report).",
+    )
+
+
+def draw_held_out(result: Comparison, path: str | os.PathLike[str]) -> None:
+    """Draw both arms' held-out loss by effective context, and the difference below."""
+    rows = [row for row in result.losses() if row["difference"] is not None]
+    figure = new_figure(9.5, 6.6, f"Held-out loss by effective context, window {result.window:,} tokens")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    x = np.arange(len(rows))
+    for (arm, name), marker in zip(ARMS.items(), "os"):
+        above.plot(x, [row[arm] for row in rows], marker=marker, markersize=5, color=COLORS[arm], label=name)
+    above.set_ylabel("loss (nats per target)")
+    above.legend(frameon=False, loc="upper right")
+    differences = [row["difference"] for row in rows]
+    bars = below.bar(x, differences, 0.55, color="#4a6fa5", zorder=2)
+    below.bar_label(bars, [_signed(d) for d in differences], fontsize=9, padding=3)
+    below.axhline(0, color="black", linewidth=0.8)
+    low, high = min(0.0, *differences), max(0.0, *differences)
+    room = 0.2 * (high - low) or 1e-3
+    below.set_ylim(low - room, high + room)
+    below.set_ylabel("EXACT − baseline\n(below 0: EXACT lower)")
+    below.set_xticks(x, [f"{bucket_label(row['low'], row['high'])}\n{_count(row['targets'])}" for row in rows])
+    below.set_xlabel("effective context of a target in tokens, and the number of held-out targets that have it")
+    edge = sum(row["low"] < result.tau for row in rows) - 0.5
+    for axes in (above, below):
+        plain_axes(axes)
+        axes.axvspan(edge, len(rows) - 0.5, color=TAIL_SHADE, zorder=0)
+        axes.set_xlim(-0.5, len(rows) - 0.5)
+    below.annotate(
+        f"shaded: the tail, which EXACT gives more weight (tau = {result.tau:,})",
+        (1, 1),
+        xycoords="axes fraction",
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize=9,
+        color=TAIL_LINE,
+    )
+    figure.savefig(path, dpi=130)
+
+
+def draw_training(result: Comparison, path: str | os.PathLike[str]) -> None:
+    """Draw the unweighted training loss of base and arms over tokens, and the arms' difference by step."""
+    figure = new_figure(11.5, 4.8, "Training loss, unweighted: the loss by which the two arms can be compared")
+    left, right = figure.subplots(1, 2)
+    tokens, losses = {}, {}
+    for run, lines in result.steps.items():
+        tokens[run] = np.array([line["tokens"] for line in lines], np.float64)
+        losses[run] = np.array([line["lm_loss"] for line in lines], np.float64)
+    parting = tokens["base"][-1]
+    unit, scale = ("million", 1e6) if parting + tokens["exact"][-1] >= 2e6 else ("thousand", 1e3)
+    width = max(1, len(losses["exact"]) // 10)
+    window = result.configs["base"]["model"]["data"]["seq_length"]
+    for axes, x, y, color, thickness, label in (
+        (left, tokens["base"], losses["base"], "#4a6fa5", 2, f"base, window {window:,}"),
+        (left, parting + tokens["baseline"], losses["baseline"], COLORS["baseline"], 4.5, "baseline"),
+        (left, parting + tokens["exact"], losses["exact"], COLORS["exact"], 1.6, "EXACT"),
+        (right, tokens["exact"], losses["exact"] - losses["baseline"], "#4a6fa5", 2, None),
+    ):
+        axes.plot(x / scale, y, color=color, alpha=0.35, linewidth=1)
+        smooth = _running_mean(x, width) / scale
+        axes.plot(smooth, _running_mean(y, width), color=color, linewidth=thickness, label=label)
+    left.axvline(parting / scale, color="black", linewidth=0.8, linestyle=":")
+    left.set_title(f"Base, then both arms at a window of {result.window:,}", fontsize=12)
+    left.set_ylabel("loss (nats per target)")
+    left.set_xlabel(f"{unit} tokens")
+    title = f"thick: mean of {width} steps"
+    left.legend(title=title, loc="upper right", facecolor="white", edgecolor="none", framealpha=1)
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set_title("Difference at the same step, on the same text", fontsize=12)
+    right.set_ylabel("EXACT − baseline (below 0: EXACT lower)")
+    right.set_xlabel(f"{unit} tokens since the two arms parted")
+    for axes in (left, right):
+        plain_axes(axes)
+    figure.savefig(path, dpi=130)
+
+
+def _markdown(result: Comparison) -> str:
+    base, exact = result.configs["base"], result.configs["exact"]
+    model, settings, total = exact["model"], exact["model"]["exact"], result.total()
+    parameters = result.facts.get("parameters")
+    last_steps = max(1, len(result.steps["exact"]) // 10)
+    end = {arm: float(np.mean([line["lm_loss"] for line in result.steps[arm][-last_steps:]])) for arm in ARMS}
+    buckets = result.weights["buckets"]
+    tail = [row for row in buckets if row["low"] >= result.tau]
+
+    losses = [["effective context", "targets", *ARMS.values(), "difference", ""]]
+    losses += [
+        [f"{row['low']}-{row['high']}", f"{row['targets']:,}", *_losses(row), tail_mark(row, result.tau)]
+        for row in result.losses()
+    ]
+    losses.append(["all", f"{total['targets']:,}", *_losses(total), ""])
+    weights = [["effective context", "targets", "share", "weight", "weighted share", ""]]
+    for row in buckets:
+        shares = [percent(row["share"]), f"{row['weight']:.4f}", percent(row["weighted_share"])]
+        weights.append([f"{row['low']}-{row['high']}", f"{row['targets']:,}", *shares, tail_mark(row, result.tau)])
+    tokens_per_step = model["global_batch_size"] * result.window
+    setup = [["", ""], *([name, str(value)] for name, value in result.facts.items() if name != "parameters")]
+    setup += [
+        ["ranks", str(exact["trainer"]["devices"] * exact["trainer"]["num_nodes"])],
+        *([name.replace("_", " "), str(model[name])] for name in _LAYOUT),
+        ["precision", str(exact["trainer"]["precision"])],
+        ["steps of base", f"{base['trainer']['max_steps']:,} of {tokens_per_step:,} tokens"],
+        ["steps of each arm", f"{exact['trainer']['max_steps']:,} of {tokens_per_step:,} tokens"],
+        ["seed", str(model["seed"])],
+    ]
+    template = Path(__file__).with_name("comparison.md").read_text()
+    return template.format(
+        model=f"a model of {parameters:,} parameters" if parameters else "a model",
+        base_tokens=result.steps["base"][-1]["tokens"],
+        base_window=base["model"]["data"]["seq_length"],
+        base_loss=_loss(result.held_out["base"]["validation_loss"]),
+        arm_tokens=result.steps["exact"][-1]["tokens"],
+        window=result.window,
+        loss_table=markdown_table(losses),
+        last_steps=last_steps,
+        baseline_end=_loss(end["baseline"]),
+        exact_end=_loss(end["exact"]),
+        alpha=settings["alpha"],
+        gamma=settings["gamma"],
+        tau=result.tau,
+        normalization=settings["normalization"],
+        tail_share=percent(sum(row["share"] for row in tail)),
+        weighted_tail_share=percent(sum(row["weighted_share"] for row in tail)),
+        weight_table=markdown_table(weights),
+        census=result.weights["census"],
+        digest=result.weights["digest"],
+        proof=", ".join(f"{name} {value}" for name, value in result.proof.items() if name != "weight table"),
+        speed=result.speed(),
+        held_out_targets=total["targets"],
+        setup_table=markdown_table(setup, align="left"),
+    )
+
+
+_LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "sequence_parallel",
+    "micro_batch_size",
+)
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    return np.convolve(values, np.full(width, 1 / width), mode="valid")
+
+
+def _losses(row: Row) -> list[str]:
+    return [_loss(row["baseline"]), _loss(row["exact"]), _signed(row["difference"])]
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.4f}"
+
+
+def _count(number: int) -> str:
+    for size, unit in ((1_000_000, "M"), (1000, "K")):
+        if number >= 10 * size:
+            return f"{number / size:,.0f}{unit}"
+    return f"{number:,}"

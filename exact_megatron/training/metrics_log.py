@@ -1,0 +1,105 @@
+"""What a run writes and says, on the first rank: metrics.jsonl, validation.jsonl, TensorBoard, the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..utils.files import writing
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+class RunLog:
+    """metrics.jsonl, validation.jsonl, TensorBoard and the terminal, on the first rank."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.console = trainer.console
+        run_dir = trainer.run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with writing(run_dir / "config.yaml"):
+            (run_dir / "config.yaml").write_text(trainer.run.to_yaml())
+        self.metrics, _ = _truncated(run_dir / "metrics.jsonl", trainer.step)
+        # The step of the last validation that is kept; None: there was none.
+        self.validations, self.validated = _truncated(run_dir / "validation.jsonl", trainer.step)
+        self.board = None
+        if trainer.run.exp_manager.create_tensorboard_logger:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=trainer.step + 1)
+        if trainer.table is not None:
+            census = trainer.builder.census
+            assert census is not None
+            facts = {"census": census.digest, "digest": trainer.table.digest, "buckets": trainer.table.rows()}
+            with writing(run_dir / "weights.json"):
+                (run_dir / "weights.json").write_text(json.dumps(facts, indent=1))
+        self.started, self.first = time.monotonic(), trainer.step
+
+    def step(self, line: dict[str, Any]) -> None:
+        _append(self.metrics, line)
+        if self.board:
+            with writing(self.trainer.run_dir / "tensorboard"):
+                for name in ("lm_loss", "exact_loss", "grad_norm", "learning_rate", "tokens_per_s"):
+                    if line[name] is not None:
+                        self.board.add_scalar(name, line[name], line["step"])
+                for name, bucket in line["buckets"].items():
+                    if bucket["targets"]:
+                        self.board.add_scalar(f"bucket_loss/{name}", bucket["loss"], line["step"])
+        run = self.trainer.run.trainer
+        if line["step"] % run.log_every_n_steps == 0 or line["step"] == run.max_steps:
+            rest = (time.monotonic() - self.started) / (line["step"] - self.first) * (run.max_steps - line["step"])
+            exact = f"  exact {_digits(line['exact_loss'])}" if self.trainer.table is not None else ""
+            self.message(
+                f"step {line['step']:>6}/{run.max_steps}  lm loss {_digits(line['lm_loss'])}{exact}  "
+                f"grad norm {line['grad_norm'] or 0:.3f}  "
+                f"lr {line['learning_rate']:.2e}  {line['tokens_per_s']:,.0f} tokens/s  {rest:,.0f} s left"
+            )
+
+    def validation(self, result: dict[str, Any]) -> None:
+        _append(self.validations, result)
+        if self.board:
+            self.board.add_scalar("validation_loss", result["validation_loss"], result["step"])
+        self.message(f"validation after step {result['step']}: lm loss {result['validation_loss']:.4f}")
+
+    def message(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        for file in (self.metrics, self.validations):
+            with writing(file.name):
+                file.close()
+        if self.board:
+            self.board.close()
+        sys.stderr.flush()
+
+
+def _append(file: Any, line: dict[str, Any]) -> None:
+    with writing(file.name):
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+
+
+def _digits(loss: float | None) -> str:
+    return "none" if loss is None else f"{loss:.4f}"  # a step may have no supervised target
+
+
+def _truncated(path: Path, step: int) -> tuple[Any, int | None]:
+    """Open for appending, without the lines after `step` that a killed run wrote behind its last checkpoint; and the last line's step."""
+    kept, last = [], None
+    if path.is_file():
+        for text in path.read_text().splitlines():
+            try:
+                found = json.loads(text)["step"]
+            except json.JSONDecodeError:  # cut off by a kill
+                break
+            if found <= step:
+                kept.append(text)
+                last = found
+    with writing(path):
+        path.write_text("".join(line + "\n" for line in kept))
+    return path.open("a"), last

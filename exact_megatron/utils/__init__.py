@@ -1,0 +1,1 @@
+"""What several rooms need and that says nothing of the method."""

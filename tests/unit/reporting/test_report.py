@@ -1,0 +1,509 @@
+"""exact_megatron.reporting.census and exact_megatron.commands.compare, without training anything."""
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exact_megatron import ExactConfig, ExposureCensus, WeightTable
+from exact_megatron.reporting import census as room
+from exact_megatron.reporting import comparison, style
+from exact_megatron.utils import files
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("omegaconf")
+
+SEQ_LENGTH = 64
+BUCKETS = ["0-7", "8-15", "16-31", "32-64"]
+
+
+def tiny(**settings):
+    """A window of 64 tokens, with counts of 10 a target up to l = 31 and 3 beyond."""
+    counts = np.where(np.arange(SEQ_LENGTH + 1) < 32, 10, 3)
+    census = ExposureCensus(counts, SEQ_LENGTH, samples=7)
+    return census, WeightTable.from_census(census, ExactConfig(**settings))
+
+
+def assert_picture(path, least=300):
+    """A PNG of some size with more than its background on it."""
+    import matplotlib.image
+
+    pixels = matplotlib.image.imread(path)
+    height, width = pixels.shape[:2]
+    assert height > least and width > least
+    shades = np.unique(np.round(pixels[..., 0] * 255))
+    ink = (pixels[..., :3] < 0.9).any(axis=2).mean()
+    assert len(shades) > 20 and 0.01 < ink < 0.9
+
+
+def test_census_json_is_the_weight_table_in_plain_values():
+    census, table = tiny(gamma=0.5)
+    facts = json.loads(json.dumps(room.census_json(census, table)))
+    assert facts["seq_length"] == 64 and facts["tau"] == 16
+    assert facts["samples"] == 7 and facts["tokens"] == 448
+    assert [f"{b['low']}-{b['high']}" for b in facts["buckets"]] == BUCKETS
+    assert [b["targets"] for b in facts["buckets"]] == [80, 80, 160, 99]
+    assert sum(b["share"] for b in facts["buckets"]) == pytest.approx(1)
+    assert sum(b["weighted_share"] for b in facts["buckets"]) == pytest.approx(1)
+    assert facts["tail_share"] == pytest.approx(259 / 419)
+    assert facts["weighted_tail_share"] == pytest.approx(259 * 1.15 / (160 + 259 * 1.15))
+    assert facts["digest"] == table.digest and facts["census_digest"] == census.digest
+    assert (facts["alpha"], facts["gamma"], facts["eps"]) == (0.15, 0.5, 1e-8)
+    assert facts["normalization"] == "corpus"
+
+
+def test_printed_census_has_every_bucket_marks_the_tail_and_adds_up(capsys):
+    census, table = tiny()
+    room.print_census(census, table)
+    out = capsys.readouterr().out
+    assert "\x1b" not in out  # no terminal, no escape codes
+    rows = {cells[1].strip(): cells for cells in (line.split("│") for line in out.splitlines()) if len(cells) > 5}
+    assert rows["16 - 31"][2].strip() == "160" and rows["16 - 31"][6].strip() == "tail"
+    assert rows["8 - 15"][6].strip() == "" and rows["32 - 64"][6].strip() == "tail"
+    assert rows["32 - 64"][4].strip() == f"{table.rows()[3]['weight']:.4f}"
+    assert "38.2 % of the loss mass lies below l = 16 (tau); with the weights 34.9 %." in out
+    assert "Budget: 15.0 % more supervision" in out and "alpha 0.15)" in out
+    assert census.digest in out and table.digest in out
+
+
+def test_printed_census_says_what_a_cap_and_an_uneven_tau_do(capsys):
+    census, table = tiny(tau=20, max_weight=1.1, normalization="none")
+    room.print_census(census, table)
+    out = capsys.readouterr().out
+    assert "below l = 32 (the first bucket from tau = 20 on)" in out
+    assert "Budget: 10.0 % more" in out and "alpha 0.15, capped by max_weight 1.1" in out
+    assert "divided by" not in out
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"tau": 0}, {"tau": 8}, {"tau": 32}, {"alpha": 0.0}, {"max_weight": 1.1}], ids=str
+)
+def test_census_picture(tmp_path, settings):
+    census, table = tiny(**settings)
+    room.plot_census(census, table, tmp_path / "census.png")
+    assert_picture(tmp_path / "census.png")
+
+
+def test_census_picture_of_a_long_window_and_of_empty_buckets(tmp_path):
+    counts = np.zeros((1 << 17) + 1, np.int64)
+    counts[:50_000:7] = 1
+    table = WeightTable.from_counts(counts, 1 << 17, tau=64)
+    room.draw_census(table.rows(), 64, tmp_path / "long.png")
+    assert_picture(tmp_path / "long.png")
+
+
+@pytest.mark.parametrize(
+    "low, high, label",
+    [
+        (0, 7, "0–7"),
+        (512, 1023, "512–1023"),
+        (512, 1024, "512–1024"),
+        (1024, 2047, "1K–2K"),
+        (8192, 16384, "8K–16K"),
+        (4096, 6000, "4K–6000"),
+    ],
+)
+def test_bucket_label(low, high, label):
+    assert style.bucket_label(low, high) == label
+
+
+def config_of(folder, run, **model):
+    window = 16 if run == "base" else SEQ_LENGTH
+    return {
+        "restore_from_path": None if run == "base" else f"{folder}/base",
+        "trainer": {"max_steps": 12, "devices": 2, "num_nodes": 1, "precision": "32"},
+        "exp_manager": {"exp_dir": f"{folder}/{run}"},
+        "model": {
+            "micro_batch_size": 1,
+            "global_batch_size": 2 * SEQ_LENGTH // window,
+            "tensor_model_parallel_size": 2,
+            "pipeline_model_parallel_size": 1,
+            "context_parallel_size": 1,
+            "sequence_parallel": True,
+            "seed": 5,
+            "data": {"seq_length": window},
+            "exact": {
+                "enabled": run == "exact",
+                "alpha": 0.15,
+                "gamma": 0.5,
+                "tau": None,
+                "normalization": "corpus",
+            },
+            **model,
+        },
+    }
+
+
+LOSSES = {"base": 4.4321, "baseline": 3.9876, "exact": 3.9765}
+BUCKET_LOSSES = {"baseline": [4.1, 4.0, 3.95, 3.9123], "exact": [4.2004, 4.0, 3.93, None]}
+
+
+def hand_made(folder, losses=BUCKET_LOSSES):
+    """Files of a finished comparison, as the native runner writes them."""
+    census, table = tiny()
+    folder.mkdir(exist_ok=True)
+    for run in ("base", "baseline", "exact"):
+        where = folder / run
+        where.mkdir()
+        (where / "config.yaml").write_text(json.dumps(config_of(folder, run)))  # JSON is YAML
+        speed = {"base": 50.0, "baseline": 1000.0, "exact": 950.0}[run]
+        with (where / "metrics.jsonl").open("w") as stream:
+            for step in range(1, 13):
+                loss = LOSSES[run] + 1 / step
+                line = {"step": step, "lm_loss": loss, "tokens": 128 * step, "targets": 128}
+                line["exact_loss"] = loss + 0.01 * (run == "exact")
+                stream.write(json.dumps({**line, "tokens_per_s": 1.0 if step < 6 else speed}) + "\n")
+        values = losses.get(run, [4.5] * 4)
+        buckets = {b: {"loss": loss, "targets": 10 * (i + 1)} for i, (b, loss) in enumerate(zip(BUCKETS, values))}
+        lines = [{"step": s, "validation_loss": LOSSES[run] + 12 - s, "buckets": buckets} for s in (6, 12)]
+        (where / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    weights = {"census": census.digest, "digest": table.digest, "buckets": table.rows()}
+    (folder / "exact" / "weights.json").write_text(json.dumps(weights))
+    proof = {"samples": "0 to 1", "tokens": "70ce75", "weight table": table.digest, "loss mask of exact": "ma5c"}
+    (folder / "arms.json").write_text(json.dumps(proof))
+    facts = {"command": "exact-megatron compare --config a.yaml 'x=a|b'", "torch": "2.99", "CPU": "abacus"}
+    (folder / "comparison.json").write_text(json.dumps({**facts, "parameters": 1234567}))
+    return census, table
+
+
+def cells(text, first):
+    """Cells of the Markdown table rows that start with `first`."""
+    return [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith(f"| {first} |")]
+
+
+def test_report_repeats_the_numbers_of_the_runs(tmp_path, capsys):
+    census, table = hand_made(tmp_path / "pair")
+    path = comparison.write_report(tmp_path / "pair")
+    text = path.read_text()
+    assert path == tmp_path / "pair" / "report.md"
+    assert cells(text, "0-7")[0] == ["0-7", "10", "4.1000", "4.2004", "+0.1004", ""]
+    assert cells(text, "16-31")[0] == ["16-31", "30", "3.9500", "3.9300", "-0.0200", "tail"]
+    assert cells(text, "32-64")[0] == ["32-64", "40", "3.9123", "-", "-", "tail"]
+    assert cells(text, "all") == [["all", "100", "3.9876", "3.9765", "-0.0111", ""]]
+    for row in table.rows():
+        shown = cells(text, f"{row['low']}-{row['high']}")[1]
+        assert shown[1:4] == [str(row["targets"]), f"{100 * row['share']:.1f} %", f"{row['weight']:.4f}"]
+    assert f"`{census.digest}`" in text and f"`{table.digest}`" in text
+    assert "On the first batch of both arms: samples 0 to 1, tokens 70ce75, loss mask of exact ma5c." in text
+    assert "a model of 1,234,567 parameters, trained on 1,536 tokens at a window of 16" in text
+    assert "4.4321" in text  # the base's own held-out loss
+    assert "baseline 1,000 tokens/s" in text and "EXACT 950 tokens/s" in text and "baseline 0.950" in text
+    assert f"baseline {LOSSES['baseline'] + 1 / 12:.4f}, EXACT {LOSSES['exact'] + 1 / 12:.4f}" in text
+    assert cells(text, "CPU") == [["CPU", "abacus"]] and cells(text, "torch") == [["torch", "2.99"]]
+    assert "x=a\\|b" in text
+    assert "## What this run can and cannot show" in text
+    for name in ("heldout", "training", "census"):
+        assert f"({name}.png)" in text
+        assert_picture(tmp_path / "pair" / f"{name}.png")
+    out = capsys.readouterr().out
+    assert "+0.1004" in out and "3.9765" in out and "tail" in out and "0.950" in out
+
+
+def test_report_without_facts_leaves_out_what_it_does_not_know(tmp_path, capsys):
+    hand_made(tmp_path / "pair")
+    (tmp_path / "pair" / "comparison.json").unlink()
+    text = comparison.write_report(tmp_path / "pair", quiet=True).read_text()
+    assert "None" not in text and "`base` is a model, trained on 1,536 tokens" in text
+    assert not cells(text, "CPU")
+    assert capsys.readouterr().out == ""
+
+
+def rewrite(path, change):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        change(line)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda f: (f / "base" / "validation.jsonl").unlink(), "validation.jsonl does not exist"),
+        (lambda f: (f / "arms.json").unlink(), "arms.json does not exist"),
+        (
+            lambda f: rewrite(f / "exact" / "metrics.jsonl", lambda x: x.update(exact_loss=x["lm_loss"])),
+            "its loss is weighted in 0 of 12 steps",
+        ),
+        (
+            lambda f: rewrite(f / "baseline" / "metrics.jsonl", lambda x: x.update(exact_loss=9.0)),
+            "should be the baseline, and has the weight table None, and its loss is weighted from step 1",
+        ),
+        (lambda f: (f / "baseline" / "weights.json").write_text('{"digest": "d1"}'), "has the weight table d1: remove"),
+        (
+            lambda f: (f / "exact" / "weights.json").write_text('{"digest": "d1"}'),
+            "it has d1, and its loss is weighted in 12",
+        ),
+        (
+            lambda f: rewrite(f / "exact" / "metrics.jsonl", lambda x: x.update(step=x["step"] - 1)),
+            "reach step 12",
+        ),
+        (
+            lambda f: rewrite(f / "exact" / "metrics.jsonl", lambda x: x.update(targets=127)),
+            "trained on different",
+        ),
+        (
+            lambda f: rewrite(f / "exact" / "validation.jsonl", lambda x: x["buckets"]["0-7"].update(targets=9)),
+            "measured on different",
+        ),
+        (
+            lambda f: (f / "exact" / "config.yaml").write_text(json.dumps(config_of(f, "exact", seed=6))),
+            "differences are: model.seed",
+        ),
+        (
+            lambda f: (f / "exact" / "config.yaml").write_text(json.dumps(config_of(f, "baseline"))),
+            "it is False and False",
+        ),
+    ],
+    ids=[
+        "missing",
+        "unproved",
+        "unweighted",
+        "weighted baseline",
+        "weighted baseline data",
+        "other table",
+        "unfinished",
+        "trained",
+        "measured",
+        "seed",
+        "unweighted",
+    ],
+)
+def test_report_refuses_runs_that_are_no_pair(tmp_path, spoil, message):
+    hand_made(tmp_path / "pair")
+    spoil(tmp_path / "pair")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        comparison.write_report(tmp_path / "pair", quiet=True)
+
+
+@pytest.fixture
+def compare():
+    pytest.importorskip("torch")
+    from exact_megatron.commands import compare as module
+
+    return module
+
+
+def yaml_file(tmp_path, **trainer):
+    config = {
+        "trainer": {"max_steps": 30, "limit_val_batches": 2, **trainer},
+        "exp_manager": {"exp_dir": str(tmp_path / "out")},
+        "model": {
+            "micro_batch_size": 2,
+            "global_batch_size": 8,
+            "num_layers": 2,
+            "data": {"data_prefix": ["text"], "splits_string": "90,10,0", "seq_length": 512},
+            "optim": {"sched": {"warmup_steps": 20}},
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_plan_makes_the_base_like_the_arms_but_for_the_window(compare, tmp_path):
+    base, baseline, exact = compare.plan(yaml_file(tmp_path), ["model.seed=7"], 128, 10)
+    assert [arm.name for arm in (base, baseline, exact)] == ["base", "baseline", "exact"]
+    assert base.run.model.data.seq_length == 128 and exact.run.model.data.seq_length == 512
+    assert base.run.model.global_batch_size == 32 and base.run.model.micro_batch_size == 8
+    assert base.run.tokens_per_step == baseline.run.tokens_per_step == exact.run.tokens_per_step == 4096
+    assert base.run.num_microbatches == exact.run.num_microbatches
+    assert base.run.model.max_position_embeddings == 512
+    assert base.run.trainer.max_steps == 10 and base.run.model.optim.sched.warmup_steps == 9
+    assert exact.run.trainer.max_steps == 30 and exact.run.model.optim.sched.warmup_steps == 20
+    assert [arm.run.model.exact.enabled for arm in (base, baseline, exact)] == [False, False, True]
+    assert base.run.restore_from_path is None
+    assert baseline.run.restore_from_path == exact.run.restore_from_path == str(tmp_path / "out" / "base")
+    for arm in (base, baseline, exact):
+        assert arm.folder == tmp_path / "out" / arm.name
+        assert arm.run.model.seed == 7 and arm.run.model.num_layers == 2
+        assert arm.run.model.data.index_mapping_dir == str(tmp_path / "out" / "index")
+        assert arm.run.exp_manager.checkpoint_callback_params.save_last
+        assert arm.command[:4] == [sys.executable, "-m", "exact_megatron", "train"]
+        assert arm.command[4:7] == ["--config", str(tmp_path / "config.yaml"), "model.seed=7"]
+    differing = files.changed_settings(*(compare.asdict(arm.run) for arm in (baseline, exact)))
+    assert set(differing) == {"model.exact.enabled", "exp_manager.exp_dir"}
+
+
+def test_plan_uses_torchrun_for_several_ranks_and_keeps_a_given_index_folder(compare, tmp_path):
+    overrides = ["model.tensor_model_parallel_size=2", "model.data.index_mapping_dir=elsewhere"]
+    arms = compare.plan(yaml_file(tmp_path, devices=2), overrides, 128, 10)
+    for arm in arms:
+        assert "torch.distributed.run" in arm.command and "train" in arm.command
+        assert arm.run.model.data.index_mapping_dir == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    "overrides, window, steps, message",
+    [
+        ([], 1024, 10, "between 1 and the window"),
+        ([], 96, 10, "not a whole number of windows"),
+        ([], 128, 0, "at least 1"),
+        (["trainer.limit_val_batches=0"], 128, 10, "held-out"),
+        (["model.data.splits_string=100,0,0"], 128, 10, "held-out"),
+        (["trainer.num_nodes=2"], 128, 10, "one machine"),
+        (["model.exact.tau=4000"], 128, 10, "tau=4000"),
+    ],
+    ids=str,
+)
+def test_plan_refuses_before_anything_is_started(compare, tmp_path, overrides, window, steps, message):
+    with pytest.raises(ValueError, match=message):
+        compare.plan(yaml_file(tmp_path), overrides, window, steps)
+
+
+@pytest.fixture
+def fake_runs(compare, monkeypatch):
+    """No processes: a run leaves its config.yaml, the checkpoint of its last step and its validation."""
+    launched = []
+
+    def launch(command):
+        if "exact_megatron.benchmark.arms" in command:
+            Path(command[command.index("exact_megatron.benchmark.arms") + 1]).parent.mkdir(parents=True, exist_ok=True)
+            Path(command[command.index("exact_megatron.benchmark.arms") + 1]).write_text("{}")
+            launched.append("arms")
+            return 0
+        arguments = command[command.index("train") + 3 :]
+        run = compare.load_config(command[command.index("train") + 2], arguments)
+        folder = Path(run.exp_manager.exp_dir)
+        launched.append(folder.name)
+        (folder / "checkpoints" / f"step_{run.trainer.max_steps:08d}").mkdir(parents=True)
+        (folder / "config.yaml").write_text(run.to_yaml())
+        (folder / "validation.jsonl").write_text(json.dumps({"step": run.trainer.max_steps}) + "\n")
+        return 0
+
+    monkeypatch.setattr(compare, "launch", launch)
+    monkeypatch.setattr(compare, "describe", lambda arm: {"CPU": "abacus"})
+    monkeypatch.setattr(compare, "write_report", lambda folder: launched.append("report"))
+    return launched
+
+
+def test_compare_trains_each_run_once_and_reports(compare, fake_runs, tmp_path, capsys):
+    config = yaml_file(tmp_path)
+    compare.compare(config, ["model.seed=7"], 128, 10)
+    assert fake_runs == ["arms", "base", "baseline", "exact", "report"]
+    facts = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    expected = f"exact-megatron compare --config {config} --base-seq-length 128 --base-steps 10 model.seed=7"
+    assert facts == {"command": expected, "CPU": "abacus"}
+    assert "base (1 of 3)" in capsys.readouterr().err
+
+    fake_runs.clear()
+    compare.compare(config, ["model.seed=7", "trainer.log_every_n_steps=5"], 128, 10)
+    assert fake_runs == ["report"]
+    assert capsys.readouterr().err.count("done before") == 3
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == facts  # of the run that trained
+
+    arm = compare.plan(config, ["model.seed=7"], 128, 10)[2]
+    for validated in ("", '{"step": 5}\n', '{"ste'):  # ended between its last checkpoint and the validation of it
+        (arm.folder / "validation.jsonl").write_text(validated)
+        assert arm.steps_done == arm.run.trainer.max_steps and not arm.finished
+
+
+def test_compare_has_its_folder_for_itself(compare, fake_runs, tmp_path):
+    """A second one, in a process of its own, is refused."""
+    config = yaml_file(tmp_path)
+    script = "import sys, time; from exact_megatron.training.run_lock import only_writer\n"
+    script += "with only_writer(sys.argv[1]): print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script, tmp_path / "out"], stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        try:
+            with pytest.raises(RuntimeError, match=f"{tmp_path}/out is in use: .*pid {holder.pid},"):
+                compare.compare(config, ["model.seed=7"], 128, 10)
+        finally:
+            holder.kill()
+    assert not fake_runs
+
+
+def test_compare_refuses_a_folder_with_other_settings(compare, fake_runs, tmp_path):
+    config = yaml_file(tmp_path)
+    compare.compare(config, ["model.seed=7"], 128, 10)
+    with pytest.raises(ValueError, match="base holds a run with other settings.*model.seed: there 7, now 8"):
+        compare.compare(config, ["model.seed=8"], 128, 10)
+    with pytest.raises(ValueError, match="exact holds a run with other settings.*alpha: there 0.15, now 0.3"):
+        compare.compare(config, ["model.seed=7", "model.exact.alpha=0.3"], 128, 10)
+
+
+def test_compare_names_the_run_that_failed_or_stopped(compare, fake_runs, tmp_path, monkeypatch):
+    config = yaml_file(tmp_path)
+    monkeypatch.setattr(compare, "launch", lambda command: 2)
+    with pytest.raises(RuntimeError, match="would not differ as they must: see above; nothing was trained"):
+        compare.compare(config, [], 128, 10)
+    monkeypatch.setattr(compare, "launch", lambda command: 3 * ("train" in command))
+    with pytest.raises(RuntimeError, match="the run base failed with exit code 3"):
+        compare.compare(config, [], 128, 10)
+    monkeypatch.setattr(compare, "launch", lambda command: 0)
+    with pytest.raises(RuntimeError, match="the run base was stopped after step 0 of 10"):
+        compare.compare(config, [], 128, 10)
+
+
+def test_compare_does_not_run_under_torchrun(compare, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="not under torchrun"):
+        compare.compare(yaml_file(tmp_path), [], 128, 10)
+
+
+def test_launch_passes_exit_codes_and_output_on(compare, capfd):
+    assert compare.launch([sys.executable, "-c", "print('seen'); raise SystemExit(5)"]) == 5
+    assert "seen" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("stubborn", [False, True], ids=["obeys", "ignores"])
+def test_launch_ends_the_child_on_a_signal(compare, tmp_path, number, code, stubborn):
+    """A first signal asks the child to stop; a second kills it and its children in other sessions."""
+    child = tmp_path / "child.py"
+    child.write_text(
+        textwrap.dedent(
+            f"""
+            import pathlib, signal, subprocess, sys, time
+            if {stubborn}:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+            rank = subprocess.Popen(sleep, start_new_session=True)
+            if not {stubborn}:
+                signal.signal(signal.SIGTERM, lambda *_: (rank.kill(), rank.wait(), sys.exit(0)))
+            pathlib.Path({str(tmp_path / "pid.tmp")!r}).write_text(str(rank.pid))
+            pathlib.Path({str(tmp_path / "pid.tmp")!r}).rename({str(tmp_path / "pid")!r})
+            time.sleep(60)
+            """
+        )
+    )
+    parent = (
+        "import sys; from exact_megatron.commands.compare import launch\n"
+        f"try: launch([sys.executable, {str(child)!r}])\n"
+        "except KeyboardInterrupt: sys.exit(130)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert "stopping after a checkpoint" in process.stderr.readline()
+    if stubborn:
+        process.send_signal(number)
+    assert process.wait(timeout=30) == code
+    rank = int((tmp_path / "pid").read_text())
+    while is_running(rank):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_demo_config_is_valid(compare, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[3])
+    run = compare.load_config("configs/demo.yaml")
+    assert run.model.data.seq_length == 1024 and run.world_size == 2
+    arms = compare.plan("configs/demo.yaml", [], 256, 120)
+    assert arms[0].run.tokens_per_step == arms[1].run.tokens_per_step == 4096
