@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = commands.add_parser("throughput", help="LLaMA geometries with and without EXACT: speed, MFU, peak memory")
     throughput.add_arguments(add)
-    add.set_defaults(measure=throughput.measure)
+    add.set_defaults(measure=throughput.measure, run=throughput.run)
 
     add = commands.add_parser("ceiling", help="the matrix products and the copy that this device manages at best")
     ceiling.add_arguments(add)

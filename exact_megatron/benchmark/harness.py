@@ -18,6 +18,8 @@ import numpy as np
 from ..utils.environment import machine
 
 SEED = 1234
+_NOT_OPTIONS = ("command", "benchmark", "overrides", "json", "traceback")  # not of the measurement
+_FRACTIONS = ("assume_mfu", "assume_start")
 
 
 @dataclass(frozen=True)
@@ -43,24 +45,14 @@ def run(args: argparse.Namespace) -> int:
     `args.measure(args)` returns ({"setup": what was measured and how, in words, and more facts}, rows).
     """
     command = ["exact-megatron", "benchmark", args.benchmark]
-    names = (
-        "documents seq_length batch heads kv_heads head_dim tp cp repeats samples dtype prefix kernel only config steps "
-        "geometry windows precisions layers step_tokens micro_tokens blocks block_steps cell_seconds peak gpu_memory "
-        "trial_layers cells until profile"
-    )
-    for name in names.split():
-        value = getattr(args, name, None)
+    for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            command += [option] * value
+        if isinstance(value, bool) or value is None or name in _NOT_OPTIONS or callable(value):
+            command += [option] * (value is True and name not in _NOT_OPTIONS)
             continue
-        if isinstance(value, (int, float)) and value < 1:
+        if isinstance(value, (int, float)) and value < 1 and name not in _FRACTIONS:
             raise ValueError(f"{option} {value} must be at least 1")
-        command += [option, str(value)] if value is not None else []
-    if getattr(args, "plan", False):
-        from .throughput import print_plan
-
-        return print_plan(args)
+        command += [option, str(value)]
     load = os.getloadavg()[0]
     before = _cpu_seconds()
     facts, rows = args.measure(args)

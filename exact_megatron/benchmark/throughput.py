@@ -30,9 +30,10 @@ import numpy as np
 from ..config import ExactError
 from ..packing import read_index
 from ..planning.flops import causal_pairs
-from ..planning.memory import GIB, memory
+from ..planning.memory import memory
 from ..planning.plan import GPU_MEMORY, PEAK_TFLOPS
-from ..utils.environment import machine
+from ..utils.environment import GIB, machine
+from . import harness
 from .arms import Arm, prove_arms
 from .geometry import GEOMETRIES
 from .harness import SEED, Measured, Row, interleaved, interval
@@ -447,6 +448,11 @@ def cell_that_fits(cell: Cell, options: dict[str, Any], layers: int, peak: float
             repeated.append(f"{cell} with {layers} layers: {error}")
             layers -= 1
             print(f"throughput: {repeated[-1]}; again with {layers}", file=sys.stderr, flush=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, or with --plan say how long that would take."""
+    return print_plan(args) if args.plan else harness.run(args)
 
 
 def print_plan(args: argparse.Namespace) -> int:

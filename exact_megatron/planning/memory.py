@@ -24,10 +24,11 @@ import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from ..utils.environment import GIB
+
 if TYPE_CHECKING:
     from ..training.schema import ModelConfig, RunConfig
 
-GIB = 2**30
 OVERHEAD = 4 * GIB  # assumed: CUDA context, NCCL's buffers, workspaces of cuBLAS, cuDNN and Transformer Engine
 ALLOCATOR = 0.05  # assumed: of activations, logits and working memory, lost in torch's allocator
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..allocation import WeightTable
 from ..training.determinism import CUDNN, attention_workspace
+from ..utils.environment import GIB
 from .data import Data, read_data
 from .flops import flops_per_token
 from .measured import read_measured, vocabulary_size
-from .memory import ALLOCATOR, GIB, OVERHEAD, PARTS, memory, parameters
+from .memory import ALLOCATOR, OVERHEAD, PARTS, memory, parameters
 
 if TYPE_CHECKING:
     from ..training.schema import RunConfig

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..planning.memory import GIB
+from ..utils.environment import GIB
 
 if TYPE_CHECKING:
     from .schema import RunConfig

@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
 from ..utils.files import writing
 
-if TYPE_CHECKING:
-    from .trainer import Trainer
 
-
-def record_memory(trainer: Trainer) -> None:
+def record_memory(
+    path: Path, step: int, vocab_size: int, model: list[Any], optimizer: Any, device: torch.device
+) -> None:
     """Gather `rank_memory` of all ranks and write it on the first. Call it on all ranks, after an optimizer step."""
     ranks: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(ranks, rank_memory(trainer))
-    if trainer.is_first:
-        record = {"step": trainer.step, "vocab_size": trainer.vocabulary.vocab_size, "ranks": ranks}
-        path = Path(trainer.run_dir, "memory.json")
+    torch.distributed.all_gather_object(ranks, rank_memory(model, optimizer, device))
+    if torch.distributed.get_rank() == 0:
         with writing(path):
-            path.write_text(json.dumps(record, indent=1) + "\n")
+            path.write_text(json.dumps({"step": step, "vocab_size": vocab_size, "ranks": ranks}, indent=1) + "\n")
 
 
-def rank_memory(trainer: Trainer) -> dict[str, Any]:
+def rank_memory(model: list[Any], optimizer: Any, device: torch.device) -> dict[str, Any]:
     """Bytes of this rank: weights, gradients and optimizer as their tensors' storages say (each storage once), and on a GPU
     the peaks of torch's allocator since the start (None on a CPU) and what all processes use of the device (context and NCCL too)."""
-    weights = _storages(p for chunk in trainer.model for p in chunk.module.parameters())
-    gradients = _storages(b.grad_data for chunk in trainer.model for b in chunk.buffers)
+    weights = _storages(p for chunk in model for p in chunk.module.parameters())
+    gradients = _storages(b.grad_data for chunk in model for b in chunk.buffers)
     states: list[torch.Tensor] = []
-    for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]):
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = part.optimizer
         states += [p for group in inner.param_groups for p in group["params"]]
         states += [v for state in inner.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
@@ -40,7 +37,7 @@ def rank_memory(trainer: Trainer) -> dict[str, Any]:
     record: dict[str, Any] = {
         "rank": torch.distributed.get_rank(),
         "stage": parallel_state.get_pipeline_model_parallel_rank(),
-        "parameters": sum(p.numel() for chunk in trainer.model for p in chunk.module.parameters()),
+        "parameters": sum(p.numel() for chunk in model for p in chunk.module.parameters()),
         "weights": sum(weights.values()),
         "gradients": sum(gradients.values()),
         "optimizer": sum(optimizer.values()),
@@ -48,7 +45,7 @@ def rank_memory(trainer: Trainer) -> dict[str, Any]:
         "peak_reserved": None,
         "device_used": None,
     }
-    if trainer.device.type == "cuda":
+    if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         record["peak_allocated"] = torch.cuda.max_memory_allocated()
         record["peak_reserved"] = torch.cuda.max_memory_reserved()

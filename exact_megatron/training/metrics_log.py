@@ -6,54 +6,63 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Console
+
+from ..allocation import WeightTable
+from ..exposure import ExposureCensus
 from ..utils.files import writing
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .config import RunConfig
 
 
 class RunLog:
-    """metrics.jsonl, validation.jsonl, TensorBoard and the terminal, on the first rank."""
+    """metrics.jsonl, validation.jsonl, TensorBoard and the terminal, on the first rank.
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.console = trainer.console
-        run_dir = trainer.run_dir
+    Args:
+        run: the settings; all is written under its exp_manager.exp_dir.
+        step: optimizer steps done; what an earlier process wrote after it is dropped.
+        table, census: of the training stream; None without weights.
+        console: the terminal.
+    """
+
+    def __init__(
+        self, run: RunConfig, step: int, table: WeightTable | None, census: ExposureCensus | None, console: Console
+    ) -> None:
+        self.run, self.weighted, self.console = run, table is not None, console
+        self.run_dir = run_dir = Path(run.exp_manager.exp_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         with writing(run_dir / "config.yaml"):
-            (run_dir / "config.yaml").write_text(trainer.run.to_yaml())
-        self.metrics, _ = _truncated(run_dir / "metrics.jsonl", trainer.step)
+            (run_dir / "config.yaml").write_text(run.to_yaml())
+        self.metrics, _ = _truncated(run_dir / "metrics.jsonl", step)
         # The step of the last validation that is kept; None: there was none.
-        self.validations, self.validated = _truncated(run_dir / "validation.jsonl", trainer.step)
+        self.validations, self.validated = _truncated(run_dir / "validation.jsonl", step)
         self.board = None
-        if trainer.run.exp_manager.create_tensorboard_logger:
+        if run.exp_manager.create_tensorboard_logger:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=trainer.step + 1)
-        if trainer.table is not None:
-            census = trainer.builder.census
+            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        if table is not None:
             assert census is not None
-            facts = {"census": census.digest, "digest": trainer.table.digest, "buckets": trainer.table.rows()}
+            facts = {"census": census.digest, "digest": table.digest, "buckets": table.rows()}
             with writing(run_dir / "weights.json"):
                 (run_dir / "weights.json").write_text(json.dumps(facts, indent=1))
-        self.started, self.first = time.monotonic(), trainer.step
+        self.started, self.first = time.monotonic(), step
 
     def step(self, line: dict[str, Any]) -> None:
         _append(self.metrics, line)
         if self.board:
-            with writing(self.trainer.run_dir / "tensorboard"):
+            with writing(self.run_dir / "tensorboard"):
                 for name in ("lm_loss", "exact_loss", "grad_norm", "learning_rate", "tokens_per_s"):
                     if line[name] is not None:
                         self.board.add_scalar(name, line[name], line["step"])
                 for name, bucket in line["buckets"].items():
                     if bucket["targets"]:
                         self.board.add_scalar(f"bucket_loss/{name}", bucket["loss"], line["step"])
-        run = self.trainer.run.trainer
+        run = self.run.trainer
         if line["step"] % run.log_every_n_steps == 0 or line["step"] == run.max_steps:
             rest = (time.monotonic() - self.started) / (line["step"] - self.first) * (run.max_steps - line["step"])
-            exact = f"  exact {_digits(line['exact_loss'])}" if self.trainer.table is not None else ""
+            exact = f"  exact {_digits(line['exact_loss'])}" if self.weighted else ""
             self.message(
                 f"step {line['step']:>6}/{run.max_steps}  lm loss {_digits(line['lm_loss'])}{exact}  "
                 f"grad norm {line['grad_norm'] or 0:.3f}  "

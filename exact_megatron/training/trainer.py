@@ -322,7 +322,7 @@ class Trainer:
         if self.is_first:
             for path in self._damaged:
                 checkpoint.set_aside(path)
-        log = RunLog(self) if self.is_first else None
+        log = RunLog(run, self.step, self.table, self.builder.census, self.console) if self.is_first else None
         loader = iter(build_loader(run, self.train_data, self.vocabulary, self.step * run.model.global_batch_size))
         # A signal that whoever started this rank has it ignore stays ignored, by the checkpoint's helper processes too.
         heard = [s for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
@@ -350,7 +350,10 @@ class Trainer:
                     log.step(line)
                 last = self.step == trainer.max_steps
                 if last or self._stop or self.step == first:
-                    record_memory(self)
+                    memory = self.run_dir / "memory.json"
+                    record_memory(
+                        memory, self.step, self.vocabulary.vocab_size, self.model, self.optimizer, self.device
+                    )
                 every = params.every_n_train_steps
                 if self._stop or (last and params.save_last) or (every and self.step % every == 0):
                     saved = self._save(log)

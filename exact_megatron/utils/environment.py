@@ -15,6 +15,8 @@ import numpy as np
 
 from .. import __version__
 
+GIB = 2**30  # bytes
+
 
 def machine(*others: str) -> dict[str, Any]:
     """Date, hardware and versions, those of packages `others` too where they are installed."""

@@ -29,7 +29,10 @@ def main() -> None:
         else:
             trainer.run_dir.mkdir(exist_ok=True)
             trainer.train_step(loader)
-            record_memory(trainer)
+            memory = trainer.run_dir / "memory.json"
+            record_memory(
+                memory, trainer.step, trainer.vocabulary.vocab_size, trainer.model, trainer.optimizer, trainer.device
+            )
         shutdown()
     torch.distributed.destroy_process_group()
 
