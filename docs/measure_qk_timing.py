@@ -60,14 +60,19 @@ def result_file(args: argparse.Namespace, family: str, seed: int, on: bool) -> P
 def settings(args: argparse.Namespace, family: str, seed: int, on: bool) -> list[str]:
     every = args.probe_every if seed == 0 else 0
     return [
-        *COMMON, *FAMILIES[family].split(), f"exp_manager.exp_dir={result_file(args, family, seed, on).with_suffix('')}",
+        *COMMON,
+        *FAMILIES[family].split(),
+        f"exp_manager.exp_dir={result_file(args, family, seed, on).with_suffix('')}",
         f"model.data.data_prefix={{train: [{args.data}], validation: [{args.data}_valid]}}",
-        f"model.data.index_mapping_dir={args.out}/cache", f"trainer.max_steps={args.steps}",
-        f"model.optim.sched.warmup_steps={args.steps // 50}", f"model.seed={1234 + seed}",
+        f"model.data.index_mapping_dir={args.out}/cache",
+        f"trainer.max_steps={args.steps}",
+        f"model.optim.sched.warmup_steps={args.steps // 50}",
+        f"model.seed={1234 + seed}",
         f"model.qk_timing.enabled={str(on).lower()}",
         f"exp_manager.checkpoint_callback_params.every_n_train_steps={every}",
-        f"exp_manager.checkpoint_callback_params.save_last={str(bool(every)).lower()}", *args.overrides,
-    ]  # fmt: skip
+        f"exp_manager.checkpoint_callback_params.save_last={str(bool(every)).lower()}",
+        *args.overrides,
+    ]
 
 
 def interval(values: list[float]) -> tuple[float, float]:

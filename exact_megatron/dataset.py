@@ -110,7 +110,8 @@ class ExactGPTDataset(GPTDataset):
     def _weighted(self, mask: np.ndarray, cu_seqlens: np.ndarray, continues: bool) -> np.ndarray:
         """mask * lookup[effective_context(cu_seqlens, continues)], without a pass over the targets: few pieces reach the tail."""
         assert self.weight_table is not None
-        lookup, first = self.weight_table.lookup, self._tail_start
+        lookup = self.weight_table.lookup
+        first = self._tail_start
         weighted = mask * lookup[0]
         boundaries = cu_seqlens.tolist()
         for start, end in zip(boundaries, boundaries[1:]):
@@ -280,7 +281,8 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
 
     def _check_indices(self, datasets: list[Any]) -> None:
         for member in members(datasets):
-            index, prefix = member.dataset.index, str(member.dataset.path_prefix)
+            index = member.dataset.index
+            prefix = str(member.dataset.path_prefix)
             if "://" in prefix:  # Megatron has fetched the .idx
                 arrays = index.sequence_lengths, index.sequence_pointers, index.document_indices
                 check_index(prefix, *arrays, np.dtype(index.dtype), None, self._whole_documents)

@@ -140,8 +140,10 @@ class ExposureCensus:
         """Census of all whole samples of a (built) GPTDataset; `chosen` is bool[samples] in packed order, before the shuffle."""
         if dataset.document_index is None:  # defer_npy_index_mmap: loaded at the first query
             dataset._query_document_sample_shuffle_indices(0)
-        lengths, order = dataset.dataset.sequence_lengths, dataset.document_index
-        seq_length, extra = dataset.config.sequence_length, bool(dataset.config.add_extra_token_to_sequence)
+        lengths = dataset.dataset.sequence_lengths
+        order = dataset.document_index
+        seq_length = dataset.config.sequence_length
+        extra = bool(dataset.config.add_extra_token_to_sequence)
         samples = (stream_tokens(lengths, order) - int(extra)) // seq_length
         return cls._count(lengths, seq_length, order, samples, extra, bool(dataset.config.eod_mask_loss), chosen)
 

@@ -118,7 +118,9 @@ class ExactLoss:
                 "the EXACT loss hook runs, but no weight table was bound: the data were not built by ExactDatasetBuilder. "
                 "Build them with it, or set model.exact.enabled=false"
             )
-        losses, weights, mask = losses.reshape(-1), weights.reshape(-1), mask.reshape(-1)
+        losses = losses.reshape(-1)
+        weights = weights.reshape(-1)
+        mask = mask.reshape(-1)
         self._marks = self._marks.to(weights.device)
         parts = weights == self._marks[:, None]
         self._watch(table, weights, parts, training)

@@ -100,7 +100,10 @@ class _Entries:
     """An array in a file whose slices are read: for one pass that is faster than a memory map, which faults page by page."""
 
     def __init__(self, stream: IO[bytes], kind: type, offset: int, count: int) -> None:
-        self._stream, self._kind, self._offset, self._count = stream, np.dtype(kind), offset, count
+        self._stream = stream
+        self._kind = np.dtype(kind)
+        self._offset = offset
+        self._count = count
 
     def __len__(self) -> int:
         return self._count
@@ -143,7 +146,9 @@ def check_index(
             index that does not rise from 0 to the number of sequences, or several sequences a document; the first wrong entry is
             named, with the values found and expected.
     """
-    idx, count, last = prefix + ".idx", len(lengths), len(documents) - 1
+    idx = prefix + ".idx"
+    count = len(lengths)
+    last = len(documents) - 1
 
     def refuse(array: str, entry: int, found: int, expected: str) -> NoReturn:
         raise ValueError(
@@ -152,7 +157,8 @@ def check_index(
 
     total = 0  # bytes of the sequences so far
     for first in range(0, count, chunk):
-        tokens, begin = lengths[first : first + chunk], pointers[first : first + chunk]
+        tokens = lengths[first : first + chunk]
+        begin = pointers[first : first + chunk]
         end = np.multiply(tokens, dtype.itemsize, dtype=np.int64)
         end += begin
         if begin[0] == total and tokens.min() >= 0 and np.array_equal(end[:-1], begin[1:]):
@@ -258,7 +264,8 @@ def misplaced_sample(
         size = lengths.take(document_index[first : first + chunk]).astype(np.int64)
         begin = np.cumsum(size) - size + offset
         low, high = np.searchsorted(sample_index[:, 0], [first, first + len(size)])
-        document, inside = sample_index[low:high, 0].astype(np.int64) - first, sample_index[low:high, 1]
+        document = sample_index[low:high, 0].astype(np.int64) - first
+        inside = sample_index[low:high, 1]
         wrong = (begin[document] + inside != np.arange(low, high) * seq_length) | (inside > size[document])
         if wrong.any():
             return int(low + np.argmax(wrong))
@@ -361,11 +368,13 @@ def piece_histogram(
         document = np.searchsorted(end, boundary)
         cut = end[document] > boundary
         closed = boundary[~cut] // s - 1  # samples that end together with a document
-        document, boundary = document[cut], boundary[cut]
+        document = document[cut]
+        boundary = boundary[cut]
         head = np.minimum(boundary - (end[document] - size[document]), s)
         rest = end[document] - boundary
         final = (rest <= s) & (boundary < stream_end)  # the document's last piece follows this boundary
-        rest, sample = rest[final], boundary // s
+        rest = rest[final]
+        sample = boundary // s
         size[document] = 0
         if int(end[-1]) > stream_end:  # the documents behind the last sample; one across its end was cut
             size[end > stream_end] = 0

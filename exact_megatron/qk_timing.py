@@ -36,7 +36,8 @@ def kept_spans(start: int, stop: int, period: int, kept: int) -> list[tuple[int,
     """Where positions start..stop-1 have p % period < kept: half-open spans, counted from `start`."""
     spans = []
     for first in range(start // period * period, stop, period):
-        low, high = max(first, start), min(first + kept, stop)
+        low = max(first, start)
+        high = min(first + kept, stop)
         if low < high:
             spans.append((low - start, high - start))
     return spans
@@ -151,7 +152,8 @@ def _decoder(chunk: Any) -> Any:
 def _query_key_rows(decoders: list[Any], config: QKTimingConfig) -> Iterator[tuple[Tensor, tuple[int, int]]]:
     """(parameter, (period, kept)) of this rank's slowed layers: flat element e is a query's or a key's if e % period < kept."""
     c = decoders[0].config
-    tp, groups = c.tensor_model_parallel_size, c.num_query_groups or c.num_attention_heads
+    tp = c.tensor_model_parallel_size
+    groups = c.num_query_groups or c.num_attention_heads
     if getattr(c, "multi_latent_attention", False):
         refuse("multi-latent attention has no fused query, key and value projection, unset multi_latent_attention")
     if getattr(c, "attention_output_gate", False):
@@ -185,7 +187,8 @@ def _query_key_rows(decoders: list[Any], config: QKTimingConfig) -> Iterator[tup
 def _parts(optimizer: Any, rows: dict[Tensor, tuple[int, int]]) -> Iterator[tuple[Any, Tensor, list[tuple[int, int]]]]:
     """(inner optimizer, its parameter, spans of the flat parameter that hold query and key rows)."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        kind, inner = type(part).__name__, getattr(part, "optimizer", None)
+        kind = type(part).__name__
+        inner = getattr(part, "optimizer", None)
         if kind not in _KNOWN:
             refuse(f"{kind} is not supported, use Megatron's Adam or SGD, with or without its distributed optimizer")
         if inner is None or getattr(part, "is_stub_optimizer", False):

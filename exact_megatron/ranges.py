@@ -82,7 +82,8 @@ def settings(block: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fi
     The value of a dataclass that is no instance is the field's default.
     """
     for field in dataclasses.fields(block):
-        key, section = prefix + field.name, block_of(field)
+        key = prefix + field.name
+        section = block_of(field)
         if section:
             yield from settings(section if isinstance(block, type) else getattr(block, field.name), key + ".")
         else:

@@ -83,7 +83,8 @@ def chunk_plan(cuts: Lengths, seq_length: int, rank: int, cp: int) -> list[tuple
 
     Queries start with the chunk, keys with the document that is open there; they end together.
     """
-    size, plan = seq_length // (2 * cp), []
+    size = seq_length // (2 * cp)
+    plan = []
     for sample in range(0, cuts[-1], seq_length):
         for low in (sample + rank * size, sample + (2 * cp - 1 - rank) * size):
             first, high = bisect_right(cuts, low) - 1, low + size

@@ -30,7 +30,8 @@ def _all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _to_heads(x: Tensor, group: dist.ProcessGroup, batch: int, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
-    cp, rest = group.size(), x.shape[-2:]
+    cp = group.size()
+    rest = x.shape[-2:]
     every = _all_to_all(x.permute(2, 0, 1, 3, 4), group).view(2 * cp, -1, batch, *rest).permute(2, 0, 1, 3, 4)
     place = _zigzag(cp, x.device)[0]
     # each its own memory: views of one would be copied by kernels that take no views
@@ -38,7 +39,8 @@ def _to_heads(x: Tensor, group: dist.ProcessGroup, batch: int, sizes: tuple[int,
 
 
 def _to_sequence(parts: tuple[Tensor, ...], group: dist.ProcessGroup, batch: int) -> Tensor:
-    cp, x = group.size(), torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    cp = group.size()
+    x = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
     rest = x.shape[-2:]
     x = x.reshape(batch, 2 * cp, -1, *rest).permute(1, 2, 0, 3, 4).index_select(0, _zigzag(cp, x.device)[1])
     return _all_to_all(x, group).view(cp, -1, batch, *rest).permute(1, 2, 0, 3, 4)
@@ -87,13 +89,18 @@ class GatherSpans(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, local: LocalKV, spans: Any) -> tuple[Tensor, ...]:
         group = local.group
-        ctx.group, ctx.local, ctx.spans, ctx.shape = group, local, spans, k.shape
+        ctx.group = group
+        ctx.local = local
+        ctx.spans = spans
+        ctx.shape = k.shape
         every = _gather(k, v, group)
         return tuple(every[span] for span in spans)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        group, cp, (s, b, *rest) = ctx.group, ctx.group.size(), ctx.shape
+        group = ctx.group
+        cp = ctx.group.size()
+        (s, b, *rest) = ctx.shape
         ctx.local.end_backward()
         total = grads[0].new_zeros(b * s * cp, 2, *rest)
         for span, grad in zip(ctx.spans, grads, strict=True):
@@ -118,7 +125,9 @@ class LocalKV:
     """
 
     def __init__(self, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> None:
-        self.k, self.v, self.group = k.detach(), v.detach(), group
+        self.k = k.detach()
+        self.v = v.detach()
+        self.group = group
         self.saved = self.left = 0
         self.every: Tensor | None = None
         self.gathered = False
@@ -139,8 +148,11 @@ class LocalKV:
         if isinstance(packed, Tensor):
             return packed
         if self.every is None:
-            self.every, self.left, self.gathered = _gather(self.k, self.v, self.group), self.saved, True
-        part, self.left = self.every.as_strided(*packed), self.left - 1
+            self.every = _gather(self.k, self.v, self.group)
+            self.left = self.saved
+            self.gathered = True
+        part = self.every.as_strided(*packed)
+        self.left = self.left - 1
         if not self.left:
             self.every = None
         return part

@@ -59,17 +59,29 @@ class DocumentAttention(MegatronModule):
     kernel = "auto"
 
     def __init__(
-        self, config: Any, layer_number: int, attn_mask_type: AttnMaskType = AttnMaskType.causal,
-        attention_type: str = "self", attention_dropout: float | None = None,
-        softmax_scale: float | None = None, k_channels: int | None = None, v_channels: int | None = None,
-        cp_comm_type: str | None = None, pg_collection: Any = None, model_comm_pgs: Any = None,
-        mode: str | None = None, kernel: str | None = None, **others: Any,
-    ) -> None:  # fmt: skip
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        model_comm_pgs: Any = None,
+        mode: str | None = None,
+        kernel: str | None = None,
+        **others: Any,
+    ) -> None:
         super().__init__(config=config)
         check_supported(config)
         self._check_causal(attn_mask_type)
-        self.layer_number, self.softmax_scale = max(1, layer_number), softmax_scale
-        self.mode, self.kernel = mode or self.mode, kernel or self.kernel
+        self.layer_number = max(1, layer_number)
+        self.softmax_scale = softmax_scale
+        self.mode = mode or self.mode
+        self.kernel = kernel or self.kernel
         refused = {n: v for n, v in {"attention_dropout": attention_dropout, **others}.items() if v}
         if attention_type != "self" or k_channels != v_channels:
             refused |= {"attention_type": attention_type, "k_channels": k_channels, "v_channels": v_channels}
@@ -113,8 +125,10 @@ class DocumentAttention(MegatronModule):
         if params is None:
             return whole_samples(seq_length, batch)
         if params.qkv_format != "sbhd":
-            raise ValueError(f"DocumentAttention takes no batch with qkv_format={params.qkv_format!r}: build "
-                             "packed_seq_params with document_boundaries()")  # fmt: skip
+            raise ValueError(
+                f"DocumentAttention takes no batch with qkv_format={params.qkv_format!r}: build "
+                "packed_seq_params with document_boundaries()"
+            )
         if not isinstance(params, DocumentBoundaries):
             return document_boundaries(params.cu_seqlens_q, seq_length, batch)
         if (params.seq_length, params.boundaries[-1]) != (seq_length, seq_length * batch):
@@ -125,10 +139,15 @@ class DocumentAttention(MegatronModule):
         return params
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
-        attn_mask_type: AttnMaskType | None = None, attention_bias: Tensor | None = None,
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Attend from the local queries.
 
         Args:

@@ -42,11 +42,14 @@ def _arguments(function: Callable[..., Any]) -> frozenset[str]:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor | None, nq: Lengths, nk: Lengths, scale: float | None) -> list[Tensor]:
     """Document by document, any device and dtype."""
     k, v = _apart(k, v)
-    pieces, gqa = [], q.size(1) != k.size(1)
+    pieces = []
+    gqa = q.size(1) != k.size(1)
     # split, not slices: its backward is one concatenation, not a zero-filled tensor per document
     for part in zip(q.split(nq), k.split(nk), v.split(nk), strict=True):
         qi, ki, vi = (t.transpose(0, 1).unsqueeze(0) for t in part)
-        rows, columns, mask = qi.size(2), ki.size(2), None
+        rows = qi.size(2)
+        columns = ki.size(2)
+        mask = None
         if 1 < rows < columns:  # is_causal would put the triangle at the upper left
             mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
         square = rows == columns
@@ -71,8 +74,9 @@ def te_module(heads: int, kv_heads: int, channels: int, scale: float | None) -> 
     import transformer_engine.pytorch as te
 
     # knows no parallelism, only the heads that are there; outside the model, so not in checkpoints
-    return te.DotProductAttention(heads, channels, num_gqa_groups=kv_heads, attention_dropout=0.0,
-                                  qkv_format="thd", softmax_scale=scale)  # fmt: skip
+    return te.DotProductAttention(
+        heads, channels, num_gqa_groups=kv_heads, attention_dropout=0.0, qkv_format="thd", softmax_scale=scale
+    )
 
 
 def _te(q: Tensor, k: Tensor, v: Tensor | None, nq: Lengths, nk: Lengths, scale: float | None) -> list[Tensor]:
@@ -86,8 +90,15 @@ def _te(q: Tensor, k: Tensor, v: Tensor | None, nq: Lengths, nk: Lengths, scale:
     mask = "padding_causal" if nq == nk else "padding_causal_bottom_right"
     cu_q, cu_k = (_cu_seqlens(n, q.device) for n in (nq, nk))
     out = module(
-        q, **kv, qkv_format="thd", cu_seqlens_q=cu_q, cu_seqlens_kv=cu_k, max_seqlen_q=max(nq),
-        max_seqlen_kv=max(nk), attn_mask_type=mask)  # fmt: skip
+        q,
+        **kv,
+        qkv_format="thd",
+        cu_seqlens_q=cu_q,
+        cu_seqlens_kv=cu_k,
+        max_seqlen_q=max(nq),
+        max_seqlen_kv=max(nk),
+        attn_mask_type=mask,
+    )
     return [out.view(q.shape)]
 
 

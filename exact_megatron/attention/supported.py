@@ -42,8 +42,10 @@ def unsupported(config: Any, seq_length: int | None = None) -> list[str]:
     if seq_length is not None and cp > 1 and seq_length % (2 * cp):
         found.append(f"seq_length={seq_length} with context_parallel_size={cp}: use a multiple of {2 * cp}")
     elif seq_length is not None and getattr(config, "sequence_parallel", False) and seq_length // cp % tp:
-        found.append(f"sequence_parallel=True with {seq_length}/{cp} tokens a rank (seq_length/cp): use a "
-                     f"seq_length that leaves a multiple of tensor_model_parallel_size={tp}")  # fmt: skip
+        found.append(
+            f"sequence_parallel=True with {seq_length}/{cp} tokens a rank (seq_length/cp): use a "
+            f"seq_length that leaves a multiple of tensor_model_parallel_size={tp}"
+        )
     comm = getattr(config, "cp_comm_type", None)
     for kind in dict.fromkeys(comm if isinstance(comm, (list, tuple)) else [comm]) if cp > 1 else ():
         heads = max(
@@ -52,8 +54,10 @@ def unsupported(config: Any, seq_length: int | None = None) -> list[str]:
         if kind not in COMM_TYPES:
             found.append(f"cp_comm_type={kind!r}: use a2a or all_gather, or leave it out")
         elif COMM_TYPES[kind] == "ulysses" and heads % cp:
-            found.append(f"cp_comm_type='a2a': {heads} KV heads of a tensor-parallel rank do not divide by "
-                         f"context_parallel_size={cp}, use all_gather or leave it out")  # fmt: skip
+            found.append(
+                f"cp_comm_type='a2a': {heads} KV heads of a tensor-parallel rank do not divide by "
+                f"context_parallel_size={cp}, use all_gather or leave it out"
+            )
     return found
 
 

@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size: a rank has its share of the heads")
     parser.add_argument("--cp", default="2,4,8", help="context-parallel sizes")
     parser.add_argument("--prefix", help="take the documents' lengths from PREFIX.idx; default: log-normal ones")
-    parser.add_argument("--samples", type=int, default=256, help="micro-batches that the work is averaged over")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds, each on another micro-batch")
+    parser.add_argument("--samples", type=int, default=256, help="micro-batches that the work is averaged over")
     parser.add_argument("--kernel", default="auto", help="auto, te, varlen or sdpa")
     parser.add_argument("--only", choices=PARTS, help="one part; default: both")
 
@@ -126,7 +126,8 @@ def time_rows(
 ) -> list[Row]:
     from .attention_emulation import kernel_calls, relative_error
 
-    shape, rounds = emulation.shape, micro_batches[:repeats]
+    shape = emulation.shape
+    rounds = micro_batches[:repeats]
     cases = [(mode, cp) for cp in sizes for mode in shape.modes(cp)]
 
     def calls(mode: str, cp: int, rank: int) -> list[list[Call]]:

@@ -38,7 +38,8 @@ def kernel_calls(shape: Shape, cuts: Lengths, mode: str, cp: int, rank: int) -> 
     """What DocumentAttention calls its kernel with on this rank."""
     if mode == "ulysses":
         heads, kv_heads = (slice(n // cp * rank, n // cp * (rank + 1)) for n in (shape.heads, shape.kv_heads))
-        lengths, every = tuple(b - a for a, b in pairwise(cuts)), slice(0, cuts[-1])
+        lengths = tuple(b - a for a, b in pairwise(cuts))
+        every = slice(0, cuts[-1])
         return [Call(every, every, heads, kv_heads, lengths, lengths)]
     heads, kv_heads = slice(0, shape.heads), slice(0, shape.kv_heads)
     plan = chunk_plan(cuts, shape.seq_length, rank, cp)
@@ -64,7 +65,8 @@ class Emulation:
             raise ValueError(f"--kernel {kernel} is not one of {', '.join(KERNELS)}")
         self.shape, self.device = shape, device
         generator = torch.Generator().manual_seed(SEED)
-        total, channels = shape.seq_length * shape.batch, shape.head_dim
+        total = shape.seq_length * shape.batch
+        channels = shape.head_dim
         heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
         drawn = [torch.randn(total, n, channels, generator=generator) for n in heads]
         self.whole = [t.to(device, dtype) for t in drawn]  # q, k, v and the output's gradient

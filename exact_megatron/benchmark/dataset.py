@@ -67,11 +67,18 @@ def measure_getitem(args: argparse.Namespace) -> Measured:
     few = min(3, args.samples)
     with tempfile.TemporaryDirectory() as folder:
         documents = len(write_corpus(f"{folder}/corpus", args.samples * args.seq_length + 1))
-        settings = load_config(None, [
-            f"model.data.data_prefix=[{folder}/corpus]", "model.data.splits_string=1",
-            f"model.data.index_mapping_dir={folder}/cache", f"model.data.seq_length={args.seq_length}",
-            f"trainer.max_steps={args.samples}", "model.global_batch_size=1", "model.exact.enabled=true",
-        ])  # fmt: skip
+        settings = load_config(
+            None,
+            [
+                f"model.data.data_prefix=[{folder}/corpus]",
+                "model.data.splits_string=1",
+                f"model.data.index_mapping_dir={folder}/cache",
+                f"model.data.seq_length={args.seq_length}",
+                f"trainer.max_steps={args.samples}",
+                "model.global_batch_size=1",
+                "model.exact.enabled=true",
+            ],
+        )
         loss = ExactLoss(settings.model.exact)
         hooked = loss.wrap(gpt_loss)
         (exact, _, _), _ = build_datasets(settings, Vocabulary(VOCABULARY, eod=0), loss)

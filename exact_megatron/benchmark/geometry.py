@@ -53,12 +53,16 @@ class Geometry:
     def overrides(self, layers: int) -> list[str]:
         """The native runner's settings of a model with this many layers."""
         return [
-            f"model.num_layers={layers}", f"model.hidden_size={self.hidden}", f"model.ffn_hidden_size={self.ffn}",
-            f"model.num_attention_heads={self.heads}", f"model.num_query_groups={self.kv_heads}",
-            f"model.kv_channels={self.head_dim}", f"model.override_vocab_size={self.vocabulary}",
+            f"model.num_layers={layers}",
+            f"model.hidden_size={self.hidden}",
+            f"model.ffn_hidden_size={self.ffn}",
+            f"model.num_attention_heads={self.heads}",
+            f"model.num_query_groups={self.kv_heads}",
+            f"model.kv_channels={self.head_dim}",
+            f"model.override_vocab_size={self.vocabulary}",
             f"model.share_embeddings_and_output_weights={str(self.tied).lower()}",
             f"model.rotary_base={self.rotary_base}",
-        ]  # fmt: skip
+        ]
 
     def layer_matrices(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of the matrices of a layer, as Megatron fuses them."""

@@ -140,10 +140,12 @@ def loss_end(trainer: Any) -> dict[str, Any]:
     """
     import torch
 
-    run, model = trainer.run, trainer.model[0].module
+    run = trainer.run
+    model = trainer.model[0].module
     while not hasattr(model, "output_layer"):  # Float16Module and the like
         model = model.module
-    m, cuda = run.model, trainer.device.type == "cuda"
+    m = run.model
+    cuda = trainer.device.type == "cuda"
     dtype = next(model.parameters()).dtype
     shape = (m.data.seq_length, m.micro_batch_size, m.hidden_size)
     hidden = torch.randn(shape, device=trainer.device, dtype=dtype, requires_grad=True)

@@ -71,14 +71,16 @@ def measure(args: argparse.Namespace) -> Measured:
     peaks: dict[str, list[int]] = {}
     first: dict[str, Seen] = {}
     with one_rank(args, args.steps + WARMUP, forced) as (settings, trainer):
-        timing, total = trainer.timing, settings.trainer.max_steps
+        timing = trainer.timing
+        total = settings.trainer.max_steps
         gpu = trainer.device.type == "cuda"
 
         def arm(name: str, with_timing: bool, done: int) -> Callable[[int], Any]:
             loader = iter(build_loader(settings, trainer.train_data, trainer.vocabulary, consumed=0))
 
             def prepare() -> None:
-                trainer.timing, trainer.step = timing if with_timing else None, done
+                trainer.timing = timing if with_timing else None
+                trainer.step = done
                 if gpu:
                     torch.cuda.reset_peak_memory_stats()
 

@@ -195,7 +195,8 @@ class Bench:
         lengths = read_index(args.prefix).lengths if args.prefix else None
         write_corpus(f"{folder}/corpus", steps * run.tokens_per_step + 1, GEOMETRIES[cell.geometry].vocabulary, lengths)
         be_single_rank()
-        self.run, self.trainer = run, Trainer(run, progress=False)
+        self.run = run
+        self.trainer = Trainer(run, progress=False)
         trainer = self.trainer
         self.cuda = trainer.device.type == "cuda"
         self.peaks: dict[str, list[int]] = {name: [] for name in ARMS}  # bytes, a block
@@ -226,7 +227,8 @@ class Bench:
 
     def step(self, name: str, loader: Iterator[Any]) -> None:
         """One training step of an arm."""
-        self.trainer.loss_func, self.run.model.data.document_masking = self.data[name].loss_func, name != "causal"
+        self.trainer.loss_func = self.data[name].loss_func
+        self.run.model.data.document_masking = name != "causal"
         self.trainer.train_step(loader)
 
     def _watched(self, loader: Iterator[Any]) -> Iterator[Any]:
@@ -256,10 +258,13 @@ def measure_cell(cell: Cell, args: argparse.Namespace, layers: int, peak: float 
     started = time.perf_counter()
     interleaved(bench.blocks, 1)
     rounds = blocks_of(args, time.perf_counter() - started)
-    bench.peaks, bench.sizes = {name: [] for name in ARMS}, []
+    bench.peaks = {name: [] for name in ARMS}
+    bench.sizes = []
     seconds = {name: values / args.block_steps for name, values in interleaved(bench.blocks, rounds).items()}
-    run, geometry = bench.run, GEOMETRIES[cell.geometry]
-    tokens, windows = run.tokens_per_step, run.model.global_batch_size
+    run = bench.run
+    geometry = GEOMETRIES[cell.geometry]
+    tokens = run.tokens_per_step
+    windows = run.model.global_batch_size
     pieces = np.concatenate(bench.sizes)
     pairs = causal_pairs(pieces) / (rounds * args.block_steps)
     flops = {
@@ -347,12 +352,14 @@ def rows_of(cells: list[dict[str, Any]]) -> list[Row]:
         arms = found["arms"]
         for name, (own, reference) in COMPARED.items():
             bar = SPEED_BAR if own == "exact" else None
-            ratio, bounds = found[name]["ratio"], tuple(found[name]["interval"])
+            ratio = found[name]["ratio"]
+            bounds = tuple(found[name]["interval"])
             speeds = arms[own]["tokens/s"], arms[reference]["tokens/s"]
             said = f"ratio >= {bar}" if bar else ""
             rows.append(Row(f"{cell}: {name}", *speeds, "tokens/s", ratio, said, not bar or ratio >= bar, bounds))
             if bar and "memory" in found[name]:
-                ratio, bounds = found[name]["memory"]["ratio"], tuple(found[name]["memory"]["interval"])
+                ratio = found[name]["memory"]["ratio"]
+                bounds = tuple(found[name]["memory"]["interval"])
                 used = arms[own]["peak GiB"], arms[reference]["peak GiB"]
                 said = f"ratio <= {MEMORY_BAR}"
                 rows.append(Row(f"{cell}: memory", *used, "GiB", ratio, said, ratio <= MEMORY_BAR, bounds))
@@ -462,7 +469,8 @@ def print_plan(args: argparse.Namespace) -> int:
 
     if not 0 < args.assume_mfu <= 1:
         raise ValueError(f"--assume-mfu {args.assume_mfu:g} must be above 0 and at most 1")
-    cells, peak = read_cells(args, True), args.peak or PEAK_TFLOPS["bf16"]
+    cells = read_cells(args, True)
+    peak = args.peak or PEAK_TFLOPS["bf16"]
     table = Table(title="benchmark throughput: plan, nothing is measured")
     for heading in ("cell", "layers", "PFLOP a step", "s a step", "blocks an arm", "s in all"):
         table.add_column(heading, justify="left" if heading == "cell" else "right")
@@ -522,7 +530,8 @@ def measure(args: argparse.Namespace) -> Measured:
         raise ValueError("`exact-megatron benchmark throughput` is one rank: start it without torchrun or srun")
     import torch
 
-    started, on_gpu = time.monotonic(), torch.cuda.is_available()
+    started = time.monotonic()
+    on_gpu = torch.cuda.is_available()
     cells = read_cells(args, on_gpu)
     options = {name: getattr(args, name) for name in OPTIONS}
     device: dict[str, Any] = {"GPU": "none", "peak": args.peak, "memory": None}

@@ -35,7 +35,8 @@ def run_census(args: argparse.Namespace) -> int:
     try:
         table = WeightTable.from_census(census, config)
     except NoTail as error:
-        table, warning = WeightTable.unweighted(census, config), error
+        table = WeightTable.unweighted(census, config)
+        warning = error
     facts = json.dumps(census_json(census, table), indent=1)
     if args.json == "-":
         print(facts)

@@ -65,7 +65,8 @@ class Arm:
     @property
     def finished(self) -> bool:
         """Whether the last step is saved, and validated after that."""
-        last, log = self.run.trainer.max_steps, self.folder / "validation.jsonl"
+        last = self.run.trainer.max_steps
+        log = self.folder / "validation.jsonl"
         lines = log.read_text().splitlines() if log.is_file() else []
         try:
             return self.steps_done == last and bool(lines) and json.loads(lines[-1])["step"] == last
@@ -146,7 +147,9 @@ def plan(config_path: ConfigPath, overrides: list[str], base_seq_length: int, ba
             base window that the tokens of a step cannot be divided by.
     """
     run = load_config(config_path, overrides)
-    data, model, exp_dir = run.model.data, run.model, Path(run.exp_manager.exp_dir)
+    data = run.model.data
+    model = run.model
+    exp_dir = Path(run.exp_manager.exp_dir)
     if run.trainer.num_nodes > 1:
         raise ValueError(f"trainer.num_nodes={run.trainer.num_nodes}: compare starts its ranks on one machine")
     if run.trainer.limit_val_batches < 1 or not _has_validation(data.data_prefix, data.splits_string):
@@ -217,7 +220,8 @@ def _has_validation(data_prefix: Any, splits_string: str) -> bool:
 
 def _refuse_other_run(arm: Arm) -> None:
     """Keep a run that was started with other settings from being taken for this one."""
-    last, written = arm.run.trainer.max_steps, arm.folder / "config.yaml"
+    last = arm.run.trainer.max_steps
+    written = arm.folder / "config.yaml"
     if not arm.steps_done or not written.is_file():
         return
     ignored = _HARMLESS if arm.run.model.exact.enabled else (*_HARMLESS, "model.exact.")

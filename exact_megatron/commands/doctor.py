@@ -158,9 +158,12 @@ def megatron_lm(script: Path) -> str:
     functions = {
         node.name: node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.FunctionDef)
     }
-    uses = lambda name, other: (
-        name in functions and any(isinstance(node, ast.Name) and node.id == other for node in ast.walk(functions[name]))
-    )
+
+    def uses(name: str, other: str) -> bool:
+        return name in functions and any(
+            isinstance(node, ast.Name) and node.id == other for node in ast.walk(functions[name])
+        )
+
     missing = [
         f"{name} uses no {other}"
         for name, other in (
@@ -321,8 +324,12 @@ def megatron_lm_run(command: list[str]) -> dict[str, Any]:
         return _effect(config, None, list, "the script's own: EXACT is not enabled", False, [])
     core = checkout_core(script.parent) or checkout_core(_checkout_of_environment())
     if core is None:
-        return {"refused": [f"{script} is in no checkout of Megatron-LM, whose version decides: set MEGATRON_LM to one (scripts of "
-                            "Megatron-Bridge and NeMo are not examined)"]}  # fmt: skip
+        return {
+            "refused": [
+                f"{script} is in no checkout of Megatron-LM, whose version decides: set MEGATRON_LM to one (scripts of "
+                "Megatron-Bridge and NeMo are not examined)"
+            ]
+        }
     hooked = megatron_lm(script)
     if args.seq_length is None:
         refused = ["--seq-length is not on the line: window, tau and data cannot be judged"]

@@ -135,7 +135,8 @@ def megatron_to_hf(
         ValueError: the checkpoint is not of the model in config.json, of layers that no family has, or trained with another tokenizer
             than the folder's.
     """
-    output, path = Path(output), checkpoint.find_checkpoint(source)
+    output = Path(output)
+    path = checkpoint.find_checkpoint(source)
     stored = MegatronCheckpoint(path)
     run = _run_of(stored.state)
     model = run.model
@@ -143,7 +144,8 @@ def megatron_to_hf(
     if vocab_size is None:
         raise ValueError(f"{path} does not say how many tokens the vocabulary has: it is of an older version")
     folder = Path(hf) if hf is not None else _origin(path)
-    tokenizer, remarks = checkpoint.tokenizer_of(stored.state), list[str]()
+    tokenizer = checkpoint.tokenizer_of(stored.state)
+    remarks = list[str]()
     if folder is not None:
         known = {str(path): tokenizer, str(folder): folder_identity(folder)}
         remarks += refuse_other_tokenizer(known, "--accept-other-tokenizer", accept_other_tokenizer)

@@ -37,7 +37,8 @@ class Tensor:
     @property
     def shape(self) -> tuple[int, ...]:
         shapes = list(self.parts.values())
-        rows, columns = sum(shape[0] for shape in shapes), list(shapes[0][1:])
+        rows = sum(shape[0] for shape in shapes)
+        columns = list(shapes[0][1:])
         if self.groups:
             rows += self.padding
         elif self.padding:

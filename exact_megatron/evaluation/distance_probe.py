@@ -54,7 +54,7 @@ _KINDS = {
     "favourite food": "apple banana bean beef bread butter cake carrot cheese cherry chicken chocolate corn cream egg garlic "
     "grape honey lemon lobster mango meat melon milk mushroom nut onion pasta peanut pear pepper pie pizza pork potato pumpkin "
     "rice salad salmon soup spinach steak sugar tomato tuna turkey walnut",
-}  # fmt: skip
+}
 _SYLLABLES = "bal dor fen gar hul jin kel lom mer nol pru quil rav sim tol ural vek wex yor zan".split()
 
 

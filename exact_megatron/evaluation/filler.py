@@ -41,7 +41,8 @@ class Filler:
             ids = self._read(int(rng.choice(long_enough)))
             start = int(rng.integers(len(ids) - length + 1))
             return ids[start : start + length]
-        parts, total = [], 0
+        parts = []
+        total = 0
         for number in rng.permutation(self.documents):
             parts.append(self._read(int(number)))
             total += len(parts[-1])
@@ -60,7 +61,9 @@ def open_filler(source: str, text: Text, vocab_size: int) -> Filler:
     """
     if Path(f"{source}.idx").is_file() or source.endswith((".bin", ".idx")):
         return _from_prefix(source, vocab_size)
-    documents, names, size = [], [], 0
+    documents = []
+    names = []
+    size = 0
     for shard in cut_shards(list_files([source])[0], 1 << 20):
         for name, content, _, left_out in read_documents(shard, "text"):
             if left_out is None and size < TEXT_BYTES:

@@ -78,7 +78,8 @@ def _tests(entry: dict[str, Any], path: str | Path) -> Iterator[Test]:
                     text = text.replace(f"{{{i + 1}}}", argument)
                 return text
 
-            needle, characters = fill(entry["needle"]), tuple(entry.get("character_set") or ())
+            needle = fill(entry["needle"])
+            characters = tuple(entry.get("character_set") or ())
             answers = tuple(test.get("gold_answers") or ())
             name = f"{entry['id']}_{number}_{kind}"
             if "{CHAR}" in needle and not characters or "{CHAR}" not in needle and not answers:
@@ -107,7 +108,8 @@ class Book:
     """
 
     def __init__(self, path: Path, text: Text) -> None:
-        self.name, self.text = path.stem, text
+        self.name = path.stem
+        self.text = text
         self.ids = np.array(text.encode(path.read_text("utf-8")), np.int64)
         breaks = [i for i in np.unique(self.ids).tolist() if "\n" in text.decode([i])]
         self.breaks = np.concatenate([[0], np.flatnonzero(np.isin(self.ids, breaks))])
@@ -138,7 +140,8 @@ class Book:
             text, where = distractor
             inside = self.breaks[(self.breaks >= start + where * length) & (self.breaks < end) & (self.breaks != place)]
             inserts.append((int(inside[0]) if len(inside) else end - 1, text))
-        pieces, done = [], start
+        pieces = []
+        done = start
         for cut, line in sorted(inserts):
             before = self.text.decode(self.ids[done : cut + 1].tolist())
             pieces.append(before[: max(before.rfind("\n"), 0)] if cut in self.breaks else before)
@@ -165,7 +168,9 @@ def prompts(
         needle, question, answers = test.needle, test.question, test.answers
         if "{CHAR}" in needle:
             name = str(rng.choice(test.characters))
-            needle, question, answers = needle.replace("{CHAR}", name), question.replace("{CHAR}", name), (name,)
+            needle = needle.replace("{CHAR}", name)
+            question = question.replace("{CHAR}", name)
+            answers = (name,)
         distractor = (test.distractor, distractor_depth(rng, depth, length)) if test.distractor else None
         haystack = book.haystack(needle, length, depth, distractor)
         yield depth, template.replace("{question}", question).replace("{haystack}", haystack), answers
@@ -306,6 +311,11 @@ def run(args: argparse.Namespace, model: Model) -> tuple[Store, Metric, dict[str
     store = Store.open(args.output, "nolima", METRIC, model.described, settings, notes)
     measure(
         greedy(model.path, args.device, args.dtype, args.max_new_tokens, args.chat),
-        tests, books, lengths, args.depths, store, template,
-    )  # fmt: skip
+        tests,
+        books,
+        lengths,
+        args.depths,
+        store,
+        template,
+    )
     return store, METRIC, {"scores": scores(list(store.records.values()))}

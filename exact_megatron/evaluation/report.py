@@ -98,7 +98,8 @@ def average_lines(summary: dict[str, Any], metric: Metric) -> list[str]:
 
 def write_suite_report(folder: Path, results: dict[str, Any], quiet: bool = False) -> None:
     """Print the table of a suite, and write report.md and curve.png into its folder."""
-    metric, summary = metric_of(results), results["summary"]
+    metric = metric_of(results)
+    summary = results["summary"]
     head, rows = table_rows(summary, metric)
     heading = f"{metric.title}: {metric.name}"
     lines = [f"Average {line}" for line in average_lines(summary, metric)]

@@ -165,7 +165,8 @@ def _task(manager: Any, name: str, length: int, docs: list[dict[str, Any]]) -> A
 
 def record(task: str, length: int, sample: dict[str, Any]) -> dict[str, Any]:
     """The record of one of lm-eval's samples."""
-    doc, response = sample["doc"], sample["resps"][0][0]
+    doc = sample["doc"]
+    response = sample["resps"][0][0]
     references = doc["outputs"]
     found = [reference.lower() in response.lower() for reference in references]
     official = float(any(found)) if task.startswith("ruler_qa") else sum(found) / len(found)
@@ -193,7 +194,9 @@ def run(args: argparse.Namespace, model: Model) -> tuple[Store, Metric, dict[str
     Raises:
         ValueError, FileNotFoundError: an unknown task, too short a length, or data that are not at hand.
     """
-    tasks, lengths, samples = args.tasks or list(TASKS), sorted(args.lengths or LENGTHS), args.limit or SAMPLES
+    tasks = args.tasks or list(TASKS)
+    lengths = sorted(args.lengths or LENGTHS)
+    samples = args.limit or SAMPLES
     if unknown := [t for t in tasks if t not in TASKS]:
         raise ValueError(f"--tasks {' '.join(unknown)}: RULER's tasks are {', '.join(TASKS)}")
     if lengths[0] < SHORTEST:

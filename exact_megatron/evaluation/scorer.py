@@ -25,7 +25,8 @@ class Scorer(Protocol):
 
 def continuation_logprobs(scorer: Scorer, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
     """log P(continuation | prompt) of each; one forward where all are single tokens, else one a continuation."""
-    prompt, last = list(prompt), len(prompt) - 1
+    prompt = list(prompt)
+    last = len(prompt) - 1
     if all(len(c) == 1 for c in continuations):
         found = scorer.logprobs(prompt, [last] * len(continuations), [c[0] for c in continuations])
         return [float(x) for x in found]
@@ -168,7 +169,8 @@ def scoring_config(state: dict[str, Any], dtype: str, tensor_parallel: int) -> A
     from ..training.schema import OptimConfig, RunConfig
 
     run: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(state["config"])))
-    m, plain = run.model, RunConfig().model
+    m = run.model
+    plain = RunConfig().model
     for name in (
         "micro_batch_size global_batch_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
         "context_parallel_size cp_comm_type sequence_parallel overlap_p2p_comm batch_p2p_comm fp8 fp8_hybrid exact "

@@ -107,7 +107,8 @@ def run(args: argparse.Namespace, model: Model) -> tuple[Store, Metric, dict[str
         raise ValueError(f"--tasks {' '.join(unknown)}: the short tasks are {', '.join(TASKS)}")
     lm = open_model(model.path, args.device, args.dtype, args.batch_size, None)
     manager = task_manager(*(TASKS[n][0] for n in names))
-    found, missing = {}, []
+    found = {}
+    missing = []
     for name in names:
         tasks, reason = load_tasks(name, manager, args.datasets)
         if reason:

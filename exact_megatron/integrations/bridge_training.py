@@ -252,31 +252,54 @@ def refusals(cfg: Any, config: ExactConfig) -> list[str]:
     restart = getattr(cfg, "inprocess_restart", None)
     masking = asks_for_masking(dataset)
     checks = [
-        (isinstance(dataset, MockGPTDatasetConfig) or getattr(dataset, "mock", False),
-         "mock data have no documents: give dataset.blend"),
+        (
+            isinstance(dataset, MockGPTDatasetConfig) or getattr(dataset, "mock", False),
+            "mock data have no documents: give dataset.blend",
+        ),
         (hasattr(dataset, "fim_data"), "fill-in-the-middle reorders documents: use GPTDatasetConfig"),
-        (getattr(model, "mtp_num_layers", None),
-         "multi-token prediction uses the weights of one depth for another: unset model.mtp_num_layers"),
+        (
+            getattr(model, "mtp_num_layers", None),
+            "multi-token prediction uses the weights of one depth for another: unset model.mtp_num_layers",
+        ),
         (getattr(model, "teacher", None) is not None, "distillation has a loss of its own: train without a teacher"),
-        (getattr(model, "restore_modelopt_state", False),
-         "modelopt may have a loss of its own: unset model.restore_modelopt_state"),
+        (
+            getattr(model, "restore_modelopt_state", False),
+            "modelopt may have a loss of its own: unset model.restore_modelopt_state",
+        ),
         (getattr(restart, "enabled", False), "restarts in the process are not hooked: unset inprocess_restart.enabled"),
-        (getattr(dist, "use_decentralized_pg", False), "process groups are looked up in Megatron: unset dist.use_decentralized_pg"),
-        (dataset.dataloader_type not in ("single", "cyclic"),
-         f"dataset.dataloader_type={dataset.dataloader_type}: use single or cyclic"),
-        (cp > 1 and dataset.eod_mask_loss and not getattr(model, "calculate_per_token_loss", False),
-         f"model.context_parallel_size={cp} with dataset.eod_mask_loss: each rank would divide by its own count of targets. Set "
-         "model.calculate_per_token_loss=true (and ddp.average_in_collective=false)"),
-        (not masking and not config.allow_unmasked_documents,
-         "documents in a sample would see each other, and the weights would not measure what a target sees. Ask for masking with "
-         f"{ASK}, or accept it with model.exact.allow_unmasked_documents=true"),
-        (masking and getattr(model, "overlap_moe_expert_parallel_comm", False),
-         "DocumentAttention gets no boundaries from its schedule: unset model.overlap_moe_expert_parallel_comm"),
-        (masking and getattr(cfg.train, "iterations_to_skip", None),
-         "skipping draws batches on some ranks only, and the boundaries would be another batch's: unset train.iterations_to_skip"),
-        (masking and evaluation_cp != cp,
-         f"dist.eval_context_parallel_size={evaluation_cp}: DocumentAttention keeps the training's {cp}"),
-        (masking and not getattr(dataset, "skip_getting_attention_mask_from_dataset", True),
-         "the dense mask would be built beside DocumentAttention: set dataset.skip_getting_attention_mask_from_dataset=true"),
-    ]  # fmt: skip
+        (
+            getattr(dist, "use_decentralized_pg", False),
+            "process groups are looked up in Megatron: unset dist.use_decentralized_pg",
+        ),
+        (
+            dataset.dataloader_type not in ("single", "cyclic"),
+            f"dataset.dataloader_type={dataset.dataloader_type}: use single or cyclic",
+        ),
+        (
+            cp > 1 and dataset.eod_mask_loss and not getattr(model, "calculate_per_token_loss", False),
+            f"model.context_parallel_size={cp} with dataset.eod_mask_loss: each rank would divide by its own count of targets. Set "
+            "model.calculate_per_token_loss=true (and ddp.average_in_collective=false)",
+        ),
+        (
+            not masking and not config.allow_unmasked_documents,
+            "documents in a sample would see each other, and the weights would not measure what a target sees. Ask for masking with "
+            f"{ASK}, or accept it with model.exact.allow_unmasked_documents=true",
+        ),
+        (
+            masking and getattr(model, "overlap_moe_expert_parallel_comm", False),
+            "DocumentAttention gets no boundaries from its schedule: unset model.overlap_moe_expert_parallel_comm",
+        ),
+        (
+            masking and getattr(cfg.train, "iterations_to_skip", None),
+            "skipping draws batches on some ranks only, and the boundaries would be another batch's: unset train.iterations_to_skip",
+        ),
+        (
+            masking and evaluation_cp != cp,
+            f"dist.eval_context_parallel_size={evaluation_cp}: DocumentAttention keeps the training's {cp}",
+        ),
+        (
+            masking and not getattr(dataset, "skip_getting_attention_mask_from_dataset", True),
+            "the dense mask would be built beside DocumentAttention: set dataset.skip_getting_attention_mask_from_dataset=true",
+        ),
+    ]
     return [text for refused, text in checks if refused] + unsupported_loss(model)

@@ -34,9 +34,15 @@ class MaskAttention(DocumentAttention):
     """
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None,
-        attn_mask_type: Any = None, attention_bias: torch.Tensor | None = None, packed_seq_params: Any = None,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
         if attention_mask is None or attention_mask.dim() != 1:
             raise ExactError("this layer got no document boundaries: its model was not called through feed_documents")
         documents = _remembered(tuple(attention_mask.tolist()), query.size(0) * self.cp, query.size(1))

@@ -93,8 +93,11 @@ class MegatronLM:
             with ExitStack() as stack:
                 from megatron.training import checkpointing
 
-                stack.enter_context(replaced(checkpointing, "check_checkpoint_args",
-                                             self._comparing(checkpointing.check_checkpoint_args)))  # fmt: skip
+                stack.enter_context(
+                    replaced(
+                        checkpointing, "check_checkpoint_args", self._comparing(checkpointing.check_checkpoint_args)
+                    )
+                )
                 self.hooked = True
                 if self.timing.enabled:
                     from megatron.training import training
@@ -103,8 +106,9 @@ class MegatronLM:
                     stack.enter_context(replaced(training, "train_step", timed))
                 if not self.config.enabled:
                     return pretrain(*args, **kwargs)
-                step = self._replace(stack, call.arguments["train_valid_test_dataset_provider"],
-                                     call.arguments["forward_step_func"])  # fmt: skip
+                step = self._replace(
+                    stack, call.arguments["train_valid_test_dataset_provider"], call.arguments["forward_step_func"]
+                )
                 call.arguments["forward_step_func"] = step
                 result = pretrain(*call.args, **call.kwargs)
                 self.loss.check()

@@ -50,26 +50,48 @@ def read_arguments(line: list[str]) -> argparse.Namespace:
         ValueError: a value of another kind, or arguments that are not on the line (--yaml-cfg).
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    whole = {"seq-length": None, "micro-batch-size": None, "eval-micro-batch-size": None, "mtp-num-layers": None,
-             "context-parallel-size": 1, "tensor-model-parallel-size": 1, "pipeline-model-parallel-size": 1,
-             "num-attention-heads": None, "num-query-groups": 1, "export-num-medusa-heads": 0, "export-num-eagle-layers": 0}  # fmt: skip
-    text = {"transformer-impl": "transformer_engine", "dataloader-type": None, "logits-load-dir": None,
-            "export-kd-teacher-load": None, "export-quant-cfg": None, "export-real-quant-cfg": None, "window-size": None,
-            "softmax-type": "vanilla", "cross-entropy-fusion-impl": "native", "cuda-graph-impl": "none",
-            "experimental-attention-variant": None, "data-args-path": None, "per-split-data-args-path": None,
-            "yaml-cfg": None}  # fmt: skip
+    whole = {
+        "seq-length": None,
+        "micro-batch-size": None,
+        "eval-micro-batch-size": None,
+        "mtp-num-layers": None,
+        "context-parallel-size": 1,
+        "tensor-model-parallel-size": 1,
+        "pipeline-model-parallel-size": 1,
+        "num-attention-heads": None,
+        "num-query-groups": 1,
+        "export-num-medusa-heads": 0,
+        "export-num-eagle-layers": 0,
+    }
+    text = {
+        "transformer-impl": "transformer_engine",
+        "dataloader-type": None,
+        "logits-load-dir": None,
+        "export-kd-teacher-load": None,
+        "export-quant-cfg": None,
+        "export-real-quant-cfg": None,
+        "window-size": None,
+        "softmax-type": "vanilla",
+        "cross-entropy-fusion-impl": "native",
+        "cuda-graph-impl": "none",
+        "experimental-attention-variant": None,
+        "data-args-path": None,
+        "per-split-data-args-path": None,
+        "yaml-cfg": None,
+    }
     for kind, defaults in ((int, whole), (str, text)):
         for name, default in defaults.items():
             parser.add_argument(f"--{name}", type=kind, default=default)
     for name in ("spec", "data-path", "train-data-path", "cp-comm-type", "iterations-to-skip"):
         parser.add_argument(f"--{name}", nargs="*")
-    for name in (
-        "reset-attention-mask", "eod-mask-loss", "calculate-per-token-loss", "dataloader-inter-document-masking", "sft",
-        "mock-data", "fim-data", "use-legacy-models", "perform-rl-step", "hybrid-context-parallel", "modelopt-enabled",
-        "overlap-moe-expert-parallel-comm", "group-query-attention", "multi-latent-attention", "is-hybrid-model", "qk-clip",
-        "log-max-attention-logit", "fp8-dot-product-attention", "fp8-multi-head-attention", "enable-cuda-graph",
-        "external-cuda-graph", "fused-single-qkv-rope", "cross-entropy-loss-fusion", "sequence-parallel",
-    ):  # fmt: skip
+    flags = """
+        reset-attention-mask eod-mask-loss calculate-per-token-loss dataloader-inter-document-masking sft mock-data fim-data
+        use-legacy-models perform-rl-step hybrid-context-parallel modelopt-enabled overlap-moe-expert-parallel-comm
+        group-query-attention multi-latent-attention is-hybrid-model qk-clip log-max-attention-logit fp8-dot-product-attention
+        fp8-multi-head-attention enable-cuda-graph external-cuda-graph fused-single-qkv-rope cross-entropy-loss-fusion
+        sequence-parallel
+    """
+    for name in flags.split():
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--attention-dropout", type=float, default=0.1)
     for name in ("masked-softmax-fusion", "create-attention-mask-in-dataloader"):
@@ -122,8 +144,10 @@ def refusals(args: Any, config: ExactConfig, core: tuple[int, int] | None = None
             model = SimpleNamespace(**{k: v for k, v in vars(args).items() if k not in _REFUSED_ARGUMENTS})
             if not getattr(args, "group_query_attention", False):
                 model.num_query_groups = None  # as core_transformer_config_from_args has it
-            found += [f"documents are masked by DocumentAttention, which does not support {line}"
-                      for line in unsupported(model, getattr(args, "seq_length", None))]  # fmt: skip
+            found += [
+                f"documents are masked by DocumentAttention, which does not support {line}"
+                for line in unsupported(model, getattr(args, "seq_length", None))
+            ]
             if getattr(args, "dataloader_type", None) == "external":
                 found.append(
                     "--dataloader-type external: its batches have no boundaries of documents. Use single or cyclic"

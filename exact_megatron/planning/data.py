@@ -33,7 +33,8 @@ def read_data(run: RunConfig) -> tuple[Data | None, list[str]]:
     from ..training.data_files import data_prefixes
     from ..training.lengths import check_lengths
 
-    data, blends = run.model.data, data_prefixes(run)
+    data = run.model.data
+    blends = data_prefixes(run)
     blend = blends.get("all") or blends["train"]
     assert blend is not None
     prefixes, weights = blend
@@ -50,8 +51,11 @@ def read_data(run: RunConfig) -> tuple[Data | None, list[str]]:
     lengths = [read_index(prefix, run.whole_documents).lengths for prefix in prefixes]
     tokens = np.array([int(part.sum(dtype=np.int64)) for part in lengths])
     share = tokens / tokens.sum() if weights is None else np.array(weights) / sum(weights)
-    samples, s = run.trainer.max_steps * run.model.global_batch_size, data.seq_length
-    facts, pairs, counts = [], 0.0, np.zeros(s + 1)
+    samples = run.trainer.max_steps * run.model.global_batch_size
+    s = data.seq_length
+    facts = []
+    pairs = 0.0
+    counts = np.zeros(s + 1)
     for prefix, part, total, weight in zip(prefixes, lengths, tokens, share):
         order = stored_order(part, s)
         census = ExposureCensus.from_document_lengths(part, s, document_index=order, eod_mask_loss=data.eod_mask_loss)

@@ -171,7 +171,9 @@ def stage_memory(run: RunConfig, vocab_size: int, stage: int) -> StageMemory:
     m = run.model
     tp, cp, p = m.tensor_model_parallel_size, m.context_parallel_size, m.pipeline_model_parallel_size
     v = m.virtual_pipeline_model_parallel_size or 1
-    e, first, last = element_size(run), stage == 0, stage == p - 1
+    e = element_size(run)
+    first = stage == 0
+    last = stage == p - 1
     tokens = m.data.seq_length // cp * m.micro_batch_size
     _, q, kv = attention_widths(m)
     vocabulary = run.padded_vocab_size(vocab_size)
@@ -181,14 +183,17 @@ def stage_memory(run: RunConfig, vocab_size: int, stage: int) -> StageMemory:
         weights += 2 * sum(linear_parameters(m)) // tp * (m.num_layers // p)
 
     hidden = tokens * m.hidden_size * e // (tp if m.sequence_parallel else 1)
-    whole, layers = layer_activations(run), m.num_layers // (p * v)
-    chunk, again = layers * whole, 0
+    whole = layer_activations(run)
+    layers = m.num_layers // (p * v)
+    chunk = layers * whole
+    again = 0
     if m.activations_checkpoint_granularity == "full":
         size = m.activations_checkpoint_num_layers or 1
         if m.activations_checkpoint_method == "uniform":
             chunk, again = math.ceil(layers / size) * hidden, min(size, layers) * whole
         else:
-            chunk, again = min(size, layers) * hidden + max(0, layers - size) * whole, whole
+            chunk = min(size, layers) * hidden + max(0, layers - size) * whole
+            again = whole
     if p > 1:
         chunk += hidden  # what is sent to the next stage (deallocate_pipeline_outputs is off)
     chunks = chunks_in_flight(run, stage)

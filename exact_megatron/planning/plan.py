@@ -94,8 +94,10 @@ def plan_stage(name: str, run: RunConfig, args: argparse.Namespace, measured: di
     largest = max(parts, key=lambda part: part.total)
     data, missing = read_data(run)
     flops = flops_per_token(run, vocab_size, data)
-    world, v = run.world_size, m.virtual_pipeline_model_parallel_size or 1
-    p, micro = m.pipeline_model_parallel_size, run.num_microbatches
+    world = run.world_size
+    v = m.virtual_pipeline_model_parallel_size or 1
+    p = m.pipeline_model_parallel_size
+    micro = run.num_microbatches
     tokens = t.max_steps * run.tokens_per_step
     speed = expected_speed(run, flops, args, measured)
     hours = None if speed is None else tokens / (speed["tokens_per_second_per_gpu"] * world * 3600)
@@ -148,8 +150,12 @@ def notes(run: RunConfig) -> list[str]:
     """What the checks allow and is slow, or takes memory beside the estimate, all the same."""
     from ..training.fp8 import slow
 
-    m, t, gpus = run.model, run.trainer, run.trainer.devices
-    tp, cp, found = m.tensor_model_parallel_size, m.context_parallel_size, []
+    m = run.model
+    t = run.trainer
+    gpus = run.trainer.devices
+    tp = m.tensor_model_parallel_size
+    cp = m.context_parallel_size
+    found = []
     if gpus % tp:
         found.append(
             f"tensor-parallel groups of {tp} cross nodes of {gpus} GPUs, whose links are slower: use a size that divides"
@@ -201,8 +207,10 @@ def expected_speed(
     peak = args.peak_tflops or PEAK_TFLOPS.get("fp8" if run.model.fp8 else run.trainer.precision)
     if run.trainer.accelerator == "cpu" and not args.peak_tflops:
         peak = None
-    speed, source = args.tokens_per_second_per_gpu, "--tokens-per-second-per-gpu"
-    mfu, mfu_source = args.mfu, "--mfu"
+    speed = args.tokens_per_second_per_gpu
+    source = "--tokens-per-second-per-gpu"
+    mfu = args.mfu
+    mfu_source = "--mfu"
     if measured is not None:
         source = mfu_source = measured["source"]
         speed = measured["tokens_per_second_per_gpu"]
@@ -216,7 +224,8 @@ def expected_speed(
                 f"--mfu with trainer.precision={run.trainer.precision} on trainer.accelerator={run.trainer.accelerator}: of what? "
                 "Give --peak-tflops, or --tokens-per-second-per-gpu"
             )
-        speed, source = mfu * peak * 1e12 / flops["total"], mfu_source
+        speed = mfu * peak * 1e12 / flops["total"]
+        source = mfu_source
     return {
         "tokens_per_second_per_gpu": speed,
         "tokens_per_second": speed * run.world_size,

@@ -31,8 +31,13 @@ def print_plan(plan: Mapping[str, Any]) -> None:
 
 
 def _print_stage(console: Any, stage: Mapping[str, Any]) -> None:
-    layout, memory, gib = stage["layout"], stage["memory"], 2**30
-    say = lambda text: console.print(text, soft_wrap=True)
+    layout = stage["layout"]
+    memory = stage["memory"]
+    gib = 2**30
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True)
+
     devices = "CPU ranks" if stage["accelerator"] == "cpu" else "GPUs"
     virtual = f" x {layout['virtual_pipeline']} virtual" if layout["virtual_pipeline"] else ""
     console.rule(f"{stage['name']}: {stage['parameters']:,} parameters, window {stage['seq_length']:,}")

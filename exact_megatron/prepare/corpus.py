@@ -37,9 +37,11 @@ BESIDE_DATA = re.compile(
     r"(readme|licen[cs]e|notice|copying|changelog|contributing|citation|dataset_?card)([._-].*)?$", re.I
 )
 BOMS = {  # UTF-32's first: its little-endian mark begins like UTF-16's
-    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
-}  # fmt: skip
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 LONGEST_FIRST_OBJECT = 64 << 20  # characters of a .json in a folder that are read to see what it holds
 BETWEEN = re.compile(r"[ \t\r\n\ufeff]*"), re.compile(r"[ \t\r\n,]*")  # JSON values; the elements of an array
 ROWS = 64  # of a Parquet file that are in memory at once
@@ -178,7 +180,8 @@ def _list_folder(
 
 def _without_beside(files: list[File]) -> tuple[list[File], list[LeftOut]]:
     """Take out README and its like where there are data files, and compressed copies of files that are there too."""
-    names, data = {file.name: file for file in files}, any(file.kind != "text" for file in files)
+    names = {file.name: file for file in files}
+    data = any(file.kind != "text" for file in files)
     kept, left = [], []
     for file in files:
         plain = names.get(re.sub(r"\.(gz|xz|bz2|zst)$", "", file.name, flags=re.I), file)
@@ -270,7 +273,8 @@ def _raw_blocks(path: str, size: int) -> Iterator[tuple[bytes, int]]:
             while new and data:
                 if member is None and members and not (data := data.lstrip(b"\0")):
                     break  # zeros may pad a file after a member
-                member, members = member or new(), members + (member is None)
+                members += member is None
+                member = member or new()
                 try:
                     block = member.decompress(data)
                 except damage as error:
@@ -286,7 +290,9 @@ def _raw_blocks(path: str, size: int) -> Iterator[tuple[bytes, int]]:
 def _blocks(path: str, size: int) -> Iterator[tuple[bytes, int]]:
     """(decompressed UTF-8, bytes read) of a file; ValueError if it is damaged or cut. UTF-16 with its mark is
     transcoded, what it cannot decode becomes bytes that are not UTF-8."""
-    blocks, head, cost = _raw_blocks(path, size), b"", 0
+    blocks = _raw_blocks(path, size)
+    head = b""
+    cost = 0
     for block, read in blocks:
         head, cost = head + block, cost + read
         if len(head) >= 4:
@@ -309,11 +315,13 @@ def cut_shards(files: Sequence[File], shard_bytes: int, key: str = "text") -> It
     Where text files are cut depends on the file before the cut, so that another file's change leaves most cuts where
     they are.
     """
-    group, size = list[File](), 0
+    group = list[File]()
+    size = 0
     for file in files:
         if group and file.kind != "text":
             yield Shard(size, tuple(group))
-            group, size = [], 0
+            group = []
+            size = 0
         if file.kind != "text":
             yield from _cut_records(file, shard_bytes, key)
             continue
@@ -321,7 +329,8 @@ def cut_shards(files: Sequence[File], shard_bytes: int, key: str = "text") -> It
         size += file.size
         if size >= shard_bytes or stable_hash("cut", file.name) * shard_bytes < 2**65 * file.size:
             yield Shard(size, tuple(group))
-            group, size = [], 0
+            group = []
+            size = 0
     if group:
         yield Shard(size, tuple(group))
 
@@ -332,14 +341,17 @@ def _cut_records(file: File, shard_bytes: int, key: str) -> Iterator[Shard]:
         blocks = _row_lines(file.path, key)
     else:
         blocks = (_value_lines if file.kind == "values" else _blocks)(file.path, size)
-    buffer, record, cost = bytearray(), 1, 0
+    buffer = bytearray()
+    record = 1
+    cost = 0
     for block, read in blocks:
         buffer += block
         cost += read
         if len(buffer) >= shard_bytes and b"\n" in block:
             end = buffer.rindex(b"\n") + 1
             yield Shard(cost, (file,), bytes(buffer[:end]), record)
-            record, cost = record + buffer.count(b"\n", 0, end), 0
+            record = record + buffer.count(b"\n", 0, end)
+            cost = 0
             del buffer[:end]
     if buffer or record == 1:  # a file without records is named, too
         yield Shard(cost, (file,), bytes(buffer), record)
@@ -349,8 +361,12 @@ def _value_lines(path: str, size: int, longest: float = math.inf) -> Iterator[tu
     """(JSON value in a line of its own, bytes read) of a .json: the elements of one array, or values one after the
     other. Raises ValueError, naming the object, where it is not JSON, cut off, or above ``longest`` characters."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # bytes that are not UTF-8 come out as they are
-    scan, where = json.JSONDecoder().raw_decode, WHERE["values"]
-    text, waiting, wanted, cost = "", list[str](), 0, 0
+    scan = json.JSONDecoder().raw_decode
+    where = WHERE["values"]
+    text = ""
+    waiting = list[str]()
+    wanted = 0
+    cost = 0
     number, array, closed = 1, False, False
     for block, read in itertools.chain(_blocks(path, size), ((None, 0),)):
         last = block is None
@@ -358,12 +374,17 @@ def _value_lines(path: str, size: int, longest: float = math.inf) -> Iterator[tu
         cost += read
         if not last and sum(map(len, waiting)) < wanted:
             continue
-        text, waiting, wanted, at = text + "".join(waiting), [], 0, 0
+        text = text + "".join(waiting)
+        waiting = []
+        wanted = 0
+        at = 0
         while True:
             if (at := BETWEEN[array].match(text, at).end()) == len(text):  # type: ignore[union-attr]
                 break
             if text[at] == ("]" if array else "[") and (array or (number == 1 and not closed)):
-                array, closed, at = not array, array, at + 1
+                closed = array
+                array = not array
+                at += 1
                 continue
             try:
                 if closed:
@@ -380,7 +401,9 @@ def _value_lines(path: str, size: int, longest: float = math.inf) -> Iterator[tu
             if end == len(text) and not last:  # a number may go on
                 break
             yield (text[at:end].replace("\n", " ") + "\n").encode("utf-8", "surrogateescape"), cost
-            number, at, cost = number + 1, end, 0
+            number = number + 1
+            at = end
+            cost = 0
         text = text[at:]
     if array:
         raise ValueError(f"{where.format(path, number)}: the array has no end: the file is cut off")
@@ -393,7 +416,8 @@ def _row_lines(path: str, key: str) -> Iterator[tuple[bytes, int]]:
 
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as file:  # pages, instead of whole row groups
-            names, rows = file.schema_arrow.names, file.metadata.num_rows
+            names = file.schema_arrow.names
+            rows = file.metadata.num_rows
             share = os.path.getsize(path) / max(rows, 1)
             if key not in names:
                 line = (json.dumps(dict.fromkeys(names)) + "\n").encode()
@@ -469,7 +493,8 @@ def read_documents(
         try:
             text.encode()
         except UnicodeEncodeError:  # JSON can spell a lone surrogate, UTF-8 cannot
-            text, note = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"), "replaced"
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+            note = "replaced"
         yield name, text, note, None
 
 

@@ -150,7 +150,8 @@ def _encode_all(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    last, reused = time.monotonic(), 0
+    last = time.monotonic()
+    reused = 0
     names: dict[str, None] = {}
     order: list[str] = []
     failed: list[Exception] = []
@@ -204,7 +205,9 @@ def _join_parts(parts: Path, names: Sequence[str], split: str, dtype: type, left
     """Join one split's parts into ``parts``/joined.bin and .idx; returns its counts or raises ValueError."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builder, total, top = IndexedDatasetBuilder(f"{parts}/joined{split}.bin", dtype=dtype), Counter[str](), 0
+    builder = IndexedDatasetBuilder(f"{parts}/joined{split}.bin", dtype=dtype)
+    total = Counter[str]()
+    top = 0
     gc.freeze()  # add_index collects garbage each time: let it not walk through all of torch
     for name in names:
         record = read_json(parts / f"{name}.json")["splits"][SPLITS.index(split)]
@@ -257,7 +260,8 @@ def _train(
 
 def _describe(left: Sequence[LeftOut]) -> list[str]:
     """A line for the user for each file and reason, NAMED of a reason."""
-    lines, seen = list[str](), Counter[str]()
+    lines = list[str]()
+    seen = Counter[str]()
     for item in left:
         seen[item.reason] += 1
         if seen[item.reason] > NAMED:
@@ -307,7 +311,8 @@ def prepare(
         raise ValueError(f"valid_fraction {valid_fraction} is not in [0, 1)")
     files, beside = list_files(inputs := [str(source) for source in inputs], globs, text_key)
     size = sum(file.size for file in files)
-    prefix, parts = Path(output).absolute(), Path(f"{output}.parts").absolute()
+    prefix = Path(output).absolute()
+    parts = Path(f"{output}.parts").absolute()
     splits = SPLITS if valid_fraction else SPLITS[:1]
     file = parts / "tokenizer" / "tokenizer.json"
     origin: list[Any] = [train_tokenizer, tokenizer_bytes]
@@ -351,10 +356,12 @@ def prepare(
             final = prefix.parent / "tokenizer" / "tokenizer.json"
             if final.exists() and not overwrite and _sha256(final) != _sha256(file):
                 raise FileExistsError(f"{final} is another dataset's: change the folder or --overwrite")
-        loaded, checksum = load_tokenizer(file), _sha256(file)
+        loaded = load_tokenizer(file)
+        checksum = _sha256(file)
         token, number = find_eod(loaded, file, eod)
         before, after = added_tokens(loaded)
-        before, after = before if bos else [], after[:-1] if after[-1:] == [number] else after
+        before = before if bos else []
+        after = after[:-1] if after[-1:] == [number] else after
         vocab_size = max(loaded.get_vocab().values()) + 1
         dtype = DType.optimal_dtype(vocab_size)
         job = _Job(str(file), checksum, before, after, number, dtype.__name__, text_key, valid_fraction, seed)
@@ -417,7 +424,8 @@ def prepare(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``exact-megatron prepare``."""
-    add, which = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group(required=True)
     add("inputs", nargs="+", help="text, .json, .jsonl or .parquet, also .gz, .xz, .bz2, .zst; folder; or stdlib")
     add("--output", required=True, metavar="PREFIX", help="write PREFIX.bin, PREFIX.idx and PREFIX.json")
     which.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json, or a folder that holds one")

@@ -32,7 +32,8 @@ def train_bpe(
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     sample: list[tuple[int, str, str, int]] = []  # a heap, the last document of the order on top
-    total, limit = 0, 2**64
+    total = 0
+    limit = 2**64
 
     def want(name: str) -> bool:
         return stable_hash("sample", seed, name) < limit and keep(name)

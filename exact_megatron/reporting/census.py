@@ -59,7 +59,9 @@ def census_json(census: ExposureCensus, table: WeightTable) -> dict[str, Any]:
 
 def print_census(census: ExposureCensus, table: WeightTable) -> None:
     """Print the census on standard output: a table with the tail marked, and a summary in words."""
-    config, tail, rows = table.config, table.tail, table.rows()
+    config = table.config
+    tail = table.tail
+    rows = table.rows()
     start = rows[tail[0]]["low"]
     out = bucket_table(
         f"Loss mass by effective context, window {census.seq_length:,} tokens",
@@ -120,11 +122,13 @@ def draw_census(rows: Sequence[Row], tau: int, path: str | os.PathLike[str]) -> 
     """
     figure = new_figure(11.5, 5.2, f"Which targets the loss is made of, in a window of {rows[-1]['high']:,} tokens")
     tail = [row for row in rows if row["low"] >= tau]
-    weighted, numbers = list(rows), False
+    weighted = list(rows)
+    numbers = False
     if 0 < len(tail) < len(rows):
         widths = [max(len(rows), 4), min(max(len(tail) * 1.5, 3.5), len(rows))]
         left, axes = figure.subplots(1, 2, width_ratios=widths)
-        weighted, numbers = tail, len(tail) <= 4
+        weighted = tail
+        numbers = len(tail) <= 4
         before, after = (sum(row[key] for row in tail) for key in ("share", "weighted_share"))
         left.set_title(f"All targets: the tail's share goes from {percent(before)} to {percent(after)}", fontsize=12)
         _share_bars(left, rows)

@@ -86,7 +86,8 @@ class Comparison:
 
     def speed(self) -> str:
         """A sentence with both arms' median speed, its spread over the steps, and the ratio."""
-        median, parts = {}, []
+        median = {}
+        parts = []
         for arm, name in ARMS.items():
             values = np.array([line["tokens_per_s"] for line in self.steps[arm]])
             values = values[min(SKIPPED_STEPS, len(values) // 2) :]
@@ -234,7 +235,8 @@ def draw_held_out(result: Comparison, path: str | os.PathLike[str]) -> None:
     bars = below.bar(x, differences, 0.55, color="#4a6fa5", zorder=2)
     below.bar_label(bars, [_signed(d) for d in differences], fontsize=9, padding=3)
     below.axhline(0, color="black", linewidth=0.8)
-    low, high = min(0.0, *differences), max(0.0, *differences)
+    low = min(0.0, *differences)
+    high = max(0.0, *differences)
     room = 0.2 * (high - low) or 1e-3
     below.set_ylim(low - room, high + room)
     below.set_ylabel("EXACT − baseline\n(below 0: EXACT lower)")
@@ -296,7 +298,9 @@ def draw_training(result: Comparison, path: str | os.PathLike[str]) -> None:
 
 def _markdown(result: Comparison) -> str:
     base, exact = result.configs["base"], result.configs["exact"]
-    model, settings, total = exact["model"], exact["model"]["exact"], result.total()
+    model = exact["model"]
+    settings = exact["model"]["exact"]
+    total = result.total()
     parameters = result.facts.get("parameters")
     last_steps = max(1, len(result.steps["exact"]) // 10)
     end = {arm: float(np.mean([line["lm_loss"] for line in result.steps[arm][-last_steps:]])) for arm in ARMS}

@@ -63,7 +63,9 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def _checksum(path: Path) -> tuple[int, str]:
     """Size in bytes and CRC-32 (hexadecimal) of a file."""
-    size, crc, block = 0, 0, bytearray(1 << 20)
+    size = 0
+    crc = 0
+    block = bytearray(1 << 20)
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(block):
             crc = zlib.crc32(memoryview(block)[:count], crc)
@@ -352,7 +354,8 @@ def refuse_other_model(state: dict[str, Any], run: RunConfig, vocab_size: int) -
     for settings in (before, now):
         settings["num_query_groups"] = settings["num_query_groups"] or settings["num_attention_heads"]
         settings["kv_channels"] = settings["kv_channels"] or settings["hidden_size"] // settings["num_attention_heads"]
-    before["override_vocab_size"], now["override_vocab_size"] = state.get("vocab_size", vocab_size), vocab_size
+    before["override_vocab_size"] = state.get("vocab_size", vocab_size)
+    now["override_vocab_size"] = vocab_size
     changed = {f"model.{key}": (before[key], now[key]) for key in now if before[key] != now[key]}
     if changed:
         raise ValueError(f"restore_from_path={run.restore_from_path} holds another model ({_listed(changed)})")

@@ -102,7 +102,8 @@ def _heads(config: RunConfig) -> None:
 
 
 def _window(config: RunConfig) -> None:
-    m, window = config.model, config.model.data.seq_length
+    m = config.model
+    window = config.model.data.seq_length
     tp, cp = m.tensor_model_parallel_size, m.context_parallel_size
     if cp > 1 and window % (2 * cp):
         raise ValueError(
@@ -133,7 +134,8 @@ def _window(config: RunConfig) -> None:
 
 
 def _loss(config: RunConfig) -> None:
-    m, data = config.model, config.model.data
+    m = config.model
+    data = config.model.data
     if m.loss_chunk_tokens and m.sequence_parallel and m.tensor_model_parallel_size > 1:
         raise ValueError(
             f"model.loss_chunk_tokens={m.loss_chunk_tokens} needs model.sequence_parallel=false, or set it to 0"
@@ -202,7 +204,8 @@ def _recomputation(config: RunConfig) -> None:
 
 
 def _optimizer(config: RunConfig) -> None:
-    optim, steps = config.model.optim, config.trainer.max_steps
+    optim = config.model.optim
+    steps = config.trainer.max_steps
     sched = optim.sched
     if optim.overlap_param_sync and not (optim.distributed and optim.overlap_grad_sync):
         raise ValueError(

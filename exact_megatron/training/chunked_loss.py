@@ -29,7 +29,8 @@ def chunk_loss(model: Any, tokens: int) -> None:
         raise ValueError(
             f"model.loss_chunk_tokens={tokens} needs model.sequence_parallel=false (and no MuP): the chunks are of the whole sequence"
         )
-    logits_of, losses_of = model.output_layer.forward, model.compute_language_model_loss
+    logits_of = model.output_layer.forward
+    losses_of = model.compute_language_model_loss
     weights: list[Any] = []
 
     def defer(hidden: torch.Tensor, weight: Any = None, **_: Any) -> tuple[torch.Tensor, None]:

@@ -85,7 +85,8 @@ def _override(given: dict[str, Any], override: str) -> None:
         value = {block: value}
     _refuse_unknown(value)
     for block in blocks:
-        given, value = given.setdefault(block, {}), value[block]
+        given = given.setdefault(block, {})
+        value = value[block]
         if not isinstance(given, dict):  # a list in the file, and by split here
             raise ValueError(f"{key}={text}: {block} holds no keys in what was read before, give it as a whole")
     given.update(value)
@@ -137,7 +138,9 @@ def _build(block: type, values: Any, prefix: str = "") -> Any:
     """
     made = {}
     for field in dataclasses.fields(block):
-        key, value, inner = prefix + field.name, values[field.name], block_of(field)
+        key = prefix + field.name
+        value = values[field.name]
+        inner = block_of(field)
         if inner:
             made[field.name] = _build(inner, value, key + ".")
             continue

@@ -25,7 +25,8 @@ from .schema import RunConfig
 
 def build_datasets(run: RunConfig, vocabulary: Vocabulary, loss: ExactLoss) -> tuple[list[Any], ExactDatasetBuilder]:
     """Training, validation and test data (None where there is none), and the builder with its census and weight table."""
-    data, trainer = run.model.data, run.trainer
+    data = run.model.data
+    trainer = run.trainer
     # Every validation sees the same samples.
     sizes = [n * run.model.global_batch_size for n in (trainer.max_steps, trainer.limit_val_batches, 0)]
     blends = data_prefixes(run)

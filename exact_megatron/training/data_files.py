@@ -73,7 +73,9 @@ def read_vocabulary(run: RunConfig, scan: bool = True) -> Vocabulary:
             nobody gives, token ids outside the vocabulary, and documents that do not end in EOD where eod_mask_loss relies on it.
     """
     data = run.model.data
-    rows, size, eod = run.model.override_vocab_size, None, data.eod_id
+    rows = run.model.override_vocab_size
+    size = None
+    eod = data.eod_id
     prefixes = sorted({p for blend in data_prefixes(run).values() if blend for p in blend[0]})
     for prefix in prefixes:
         if prefix.endswith((".bin", ".idx")):
@@ -127,7 +129,8 @@ def _scan(index: TokenIndex, size: int, eod: int | None) -> None:
     tokens = np.memmap(index.prefix + ".bin", dtype=index.dtype, mode="r")
     step = max(1, -(-len(tokens) // SCANNED_TOKENS))
     blocks = [tokens[i : i + (1 << 20)] for i in range(0, len(tokens), step << 20)]
-    least, largest = min(int(b.min()) for b in blocks), max(int(b.max()) for b in blocks)
+    least = min(int(b.min()) for b in blocks)
+    largest = max(int(b.max()) for b in blocks)
     if least < 0 or largest >= size:
         raise ValueError(
             f"{index.prefix}.bin holds token id {largest if largest >= size else least}, the vocabulary has 0..{size - 1}: it was made "

@@ -55,11 +55,14 @@ def attention_workspace(run: RunConfig) -> int:
     gather half of a context-parallel rank's queries see their documents, here one as long as the window.
     """
     m = run.model
-    tp, cp, s = m.tensor_model_parallel_size, m.context_parallel_size, m.data.seq_length
+    tp = m.tensor_model_parallel_size
+    cp = m.context_parallel_size
+    s = m.data.seq_length
     heads, kv_heads = m.num_attention_heads // tp, (m.num_query_groups or m.num_attention_heads) // tp
     queries = keys = s * m.micro_batch_size
     if cp > 1 and (m.cp_comm_type == "all_gather" or kv_heads % cp):
-        queries, keys = s // (2 * cp), s
+        queries = s // (2 * cp)
+        keys = s
     elif cp > 1:
         heads //= cp
     return 32 * heads * _graph_tokens(queries) * _graph_tokens(keys) * 2
@@ -92,7 +95,8 @@ def check(run: RunConfig) -> None:
     cudnn = torch.backends.cudnn.version() or 0
     if not te or not hopper or flash or cudnn >= CUDNN:
         return
-    needed, there = attention_workspace(run), torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    needed = attention_workspace(run)
+    there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     if needed > there:
         raise ValueError(
             f"model.deterministic_mode=true: cuDNN {cudnn} takes {needed / GIB:,.1f} GiB for the deterministic backward of attention "

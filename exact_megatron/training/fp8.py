@@ -24,7 +24,9 @@ BLOCK = 128  # of blockwise scaling
 def misaligned(run: RunConfig) -> list[str]:
     """Every size of the model and of a micro-batch that FP8 products do not take, with its settings and a remedy; empty is fine."""
     m = run.model
-    tp, cp, s = m.tensor_model_parallel_size, m.context_parallel_size, m.data.seq_length
+    tp = m.tensor_model_parallel_size
+    cp = m.context_parallel_size
+    s = m.data.seq_length
     head = m.kv_channels or m.hidden_size // m.num_attention_heads
     groups = m.num_query_groups or m.num_attention_heads
     over = f" over model.tensor_model_parallel_size={tp}" if tp > 1 else ""

@@ -20,7 +20,9 @@ def check_lengths(run: RunConfig) -> None:
         FileNotFoundError, ValueError: see packing.read_index; a split or a member of it holds no token or no sample, or validation is
             asked for and has no share of the data.
     """
-    data, batch, blends = run.model.data, run.model.global_batch_size, data_prefixes(run)
+    data = run.model.data
+    batch = run.model.global_batch_size
+    blends = data_prefixes(run)
     shares = [float(part) for part in data.splits_string.replace("/", ",").split(",")]
     ends = [0.0, *accumulate(share / (sum(shares) or 1.0) for share in shares)]
     ratio = [*pairwise(ends), (1.0, 1.0), (1.0, 1.0)]  # of up to three splits

@@ -29,7 +29,9 @@ class RunLog:
     def __init__(
         self, run: RunConfig, step: int, table: WeightTable | None, census: ExposureCensus | None, console: Console
     ) -> None:
-        self.run, self.weighted, self.console = run, table is not None, console
+        self.run = run
+        self.weighted = table is not None
+        self.console = console
         self.run_dir = run_dir = Path(run.exp_manager.exp_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         with writing(run_dir / "config.yaml"):
@@ -47,7 +49,8 @@ class RunLog:
             facts = {"census": census.digest, "digest": table.digest, "buckets": table.rows()}
             with writing(run_dir / "weights.json"):
                 (run_dir / "weights.json").write_text(json.dumps(facts, indent=1))
-        self.started, self.first = time.monotonic(), step
+        self.started = time.monotonic()
+        self.first = step
 
     def step(self, line: dict[str, Any]) -> None:
         _append(self.metrics, line)
@@ -99,7 +102,8 @@ def _digits(loss: float | None) -> str:
 
 def _truncated(path: Path, step: int) -> tuple[Any, int | None]:
     """Open for appending, without the lines after `step` that a killed run wrote behind its last checkpoint; and the last line's step."""
-    kept, last = [], None
+    kept = []
+    last = None
     if path.is_file():
         for text in path.read_text().splitlines():
             try:

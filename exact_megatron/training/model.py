@@ -251,7 +251,9 @@ def build_model(run: RunConfig, vocab_size: int, device: torch.device) -> list[D
 
 def build_optimizer(run: RunConfig, model: list[DistributedDataParallel]) -> tuple[Any, OptimizerParamScheduler]:
     """megatron.core's Adam and its learning-rate schedule (counted in steps), wired into the model's schedule hooks."""
-    m, optim, steps = run.model, run.model.optim, run.trainer.max_steps
+    m = run.model
+    optim = run.model.optim
+    steps = run.trainer.max_steps
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",

@@ -317,7 +317,8 @@ class Trainer:
 
         A step is saved before it is validated. A run that was ended between the two validates first when it goes on.
         """
-        run, trainer = self.run, self.run.trainer
+        run = self.run
+        trainer = self.run.trainer
         params = run.exp_manager.checkpoint_callback_params
         if self.is_first:
             for path in self._damaged:
@@ -327,7 +328,8 @@ class Trainer:
         # A signal that whoever started this rank has it ignore stays ignored, by the checkpoint's helper processes too.
         heard = [s for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
         previous = {s: signal.signal(s, self._on_signal) for s in heard}
-        saved, first = self.step, self.step + 1
+        saved = self.step
+        first = self.step + 1
         try:
             done = self._validated_before(log)
             while True:

@@ -34,7 +34,8 @@ def changed_settings(one: Mapping[str, Any], other: Mapping[str, Any], prefix: s
     """Settings in which two nested configurations differ: {"model.seed": (value in one, value in other)}."""
     changed: dict[str, tuple[Any, Any]] = {}
     for key in {**one, **other}:
-        a, b = one.get(key), other.get(key)
+        a = one.get(key)
+        b = other.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             changed.update(changed_settings(a, b, f"{prefix}{key}."))
         elif a != b:

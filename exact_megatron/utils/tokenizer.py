@@ -55,7 +55,8 @@ def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     for probe in itertools.chain(("a",), tokenizer.get_vocab()):
         encoding = tokenizer.encode(probe, add_special_tokens=True)
         if 0 in (mask := encoding.special_tokens_mask):
-            first, last = mask.index(0), len(mask) - mask[::-1].index(0)
+            first = mask.index(0)
+            last = len(mask) - mask[::-1].index(0)
             return encoding.ids[:first], encoding.ids[last:]
     return [], []
 

@@ -37,8 +37,13 @@ def build(run: Any, stock: bool) -> Any:
         for layer in spec.layer_specs:
             layer.submodules.self_attention.submodules.core_attention = DotProductAttention
     m = run.model
-    model = GPTModel(config, spec, vocab_size=m.override_vocab_size, max_sequence_length=m.data.seq_length,
-                     position_embedding_type="rope")  # fmt: skip
+    model = GPTModel(
+        config,
+        spec,
+        vocab_size=m.override_vocab_size,
+        max_sequence_length=m.data.seq_length,
+        position_embedding_type="rope",
+    )
     model = model.to(DEVICE)
     return model.bfloat16() if config.bf16 else model
 

@@ -27,11 +27,17 @@ def plain(logits, target):
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_the_check_itself(contiguous):
     assert relative_error(plain, "cpu", torch.float32, contiguous) < 1e-6
+
     # Transformer Engine 2.2 to 2.7: every target by the first one's gradient.
-    first = lambda logits, target: _FirstGradient.apply(plain(logits, target))
+    def first(logits, target):
+        return _FirstGradient.apply(plain(logits, target))
+
     assert relative_error(first, "cpu", torch.float32, contiguous) > 0.1
+
     # 2.8 to 2.10: the gradient's memory read as if it were contiguous.
-    memory = lambda logits, target: _ReadAsContiguous.apply(plain(logits, target))
+    def memory(logits, target):
+        return _ReadAsContiguous.apply(plain(logits, target))
+
     assert (relative_error(memory, "cpu", torch.float32, contiguous) < 1e-6) == contiguous
 
 
@@ -79,7 +85,10 @@ def test_megatron_core_native_fusion(contiguous, record):
     parallel_state.initialize_model_parallel()
     try:
         group = parallel_state.get_tensor_model_parallel_group()
-        call = lambda x, y: fused_vocab_parallel_cross_entropy(x, y, group)
+
+        def call(x, y):
+            return fused_vocab_parallel_cross_entropy(x, y, group)
+
         error = relative_error(call, "cuda", torch.bfloat16, contiguous)
     finally:
         parallel_state.destroy_model_parallel()

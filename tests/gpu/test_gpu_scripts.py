@@ -34,15 +34,18 @@ FIXTURE = {
 
 def invented_cell(precision, ratio, memory, window=8192, overrides=()):
     """No measurement: numbers chosen to be seen again in the page."""
-    arm = lambda speed, gib: {
-        "step s": 1.0,
-        "tokens/s": speed,
-        "TFLOP/s": 412.5,
-        "MFU": 0.5,
-        "peak GiB": gib,
-        "block s": [1000 / speed] * 2,
-        "block GiB": [gib] * 2,
-    }
+
+    def arm(speed, gib):
+        return {
+            "step s": 1.0,
+            "tokens/s": speed,
+            "TFLOP/s": 412.5,
+            "MFU": 0.5,
+            "peak GiB": gib,
+            "block s": [1000 / speed] * 2,
+            "block GiB": [gib] * 2,
+        }
+
     cell = FIXTURE | {
         "geometry": "llama-3-8b",
         "overrides": list(overrides),
@@ -78,7 +81,10 @@ def results(tmp_path):
         invented_cell("blockwise", 1.0, 1.05),
         invented_cell("bf16", 1.0789, 1.0, overrides=["model.fused=true"]),
     ]
-    write = lambda name, text: (tmp_path / name).write_text(text)
+
+    def write(name, text):
+        return (tmp_path / name).write_text(text)
+
     write("cells.jsonl", "".join(json.dumps(cell) + "\n" for cell in cells))
     write("profile.jsonl", json.dumps(cells[0]) + "\n")
     row = {"name": "square 8192 bf16", "own": 777.0, "unit": "TFLOP/s", "ratio": 1.0}
@@ -320,7 +326,10 @@ def test_archive_leaves_out_weights_and_keeps_to_its_limit(tmp_path):
         (runs / name).write_bytes(rng.bytes(size))
     kept = {"seed1/exact/4096/metrics.jsonl", "evaluation/seed1/report.md", "cpt.json"}
     items = "evaluation/seed1/exact/items.jsonl"
-    names = lambda: set(tarfile.open(archive).getnames())
+
+    def names():
+        return set(tarfile.open(archive).getnames())
+
     assert cpt.pack(runs, archive, 100_000) == {} and names() == {*kept, items}
     assert cpt.pack(runs, archive, 10_000) == {items: 40_000} and names() == kept and archive.stat().st_size <= 10_000
     assert not (tmp_path / "cpt.tar.gz.partial").exists()

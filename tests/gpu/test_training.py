@@ -14,11 +14,21 @@ LAST = 20  # steps whose mean loss is compared
 
 def settings(precision, folder, steps):
     return [
-        *MODEL, *precision_settings(precision), f"model.data.data_prefix=[{folder}/text]", "model.data.eod_id=0",
-        f"model.data.index_mapping_dir={folder}/cache", f"model.data.seq_length={SEQ_LENGTH}", "model.data.splits_string=1",
-        "model.data.num_workers=0", "model.micro_batch_size=2", "model.global_batch_size=4", f"trainer.max_steps={steps}",
-        "exp_manager.create_tensorboard_logger=false", "model.optim.lr=1e-3", "model.optim.sched.name=constant",
-    ]  # fmt: skip
+        *MODEL,
+        *precision_settings(precision),
+        f"model.data.data_prefix=[{folder}/text]",
+        "model.data.eod_id=0",
+        f"model.data.index_mapping_dir={folder}/cache",
+        f"model.data.seq_length={SEQ_LENGTH}",
+        "model.data.splits_string=1",
+        "model.data.num_workers=0",
+        "model.micro_batch_size=2",
+        "model.global_batch_size=4",
+        f"trainer.max_steps={steps}",
+        "exp_manager.create_tensorboard_logger=false",
+        "model.optim.lr=1e-3",
+        "model.optim.sched.name=constant",
+    ]
 
 
 def train(folder, precision, steps, arms):
@@ -104,10 +114,16 @@ def test_alpha_0_is_bitwise_the_baseline(precision, tmp_path, monkeypatch, recor
     for name, value in DETERMINISTIC.items():
         monkeypatch.setenv(name, value)
     deterministic = ["model.deterministic_mode=true"]
-    runs = train(tmp_path, precision, 4 if precision == "fp32" else 20, {
-        "baseline": deterministic, "again": deterministic,
-        "alpha0": [*deterministic, "model.exact.enabled=true", "model.exact.alpha=0"],
-    })  # fmt: skip
+    runs = train(
+        tmp_path,
+        precision,
+        4 if precision == "fp32" else 20,
+        {
+            "baseline": deterministic,
+            "again": deterministic,
+            "alpha0": [*deterministic, "model.exact.enabled=true", "model.exact.alpha=0"],
+        },
+    )
     numbers = {
         name: [(line["lm_loss"], line["exact_loss"], line["grad_norm"]) for line in lines]
         for name, lines in runs.items()

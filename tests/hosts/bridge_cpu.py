@@ -54,8 +54,12 @@ class _AnyClass(abc.ABCMeta):
 
 
 def _class(module: str, name: str) -> Any:
-    take_all = lambda self, *args, **kwargs: None
-    decorate = lambda self, function=None: function
+    def take_all(self, *args, **kwargs):
+        return None
+
+    def decorate(self, function=None):
+        return function
+
     return _AnyClass(name, (object,), {"__module__": module, "__init__": take_all, "__call__": decorate})
 
 
@@ -172,18 +176,45 @@ def tiny(**kwargs: Any) -> Any:
     from megatron.bridge.training import config as c
 
     model = GPTModelProvider(
-        num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, seq_length=64,
-        normalization="RMSNorm", activation_func=F.silu, gated_linear_unit=True, add_bias_linear=False,
-        position_embedding_type="rope", share_embeddings_and_output_weights=False, attention_dropout=0.0, hidden_dropout=0.0,
-        init_method_std=0.2, vocab_size=96, transformer_layer_spec=layer_spec, use_cpu_initialization=True,
-        gradient_accumulation_fusion=False, masked_softmax_fusion=False, bias_activation_fusion=False,
-        bias_dropout_fusion=False, apply_rope_fusion=False, persist_layer_norm=False, cross_entropy_loss_fusion=False,
-        pipeline_dtype=torch.float32, calculate_per_token_loss=True,
-    )  # fmt: skip
+        num_layers=4,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_attention_heads=4,
+        num_query_groups=2,
+        seq_length=64,
+        normalization="RMSNorm",
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        init_method_std=0.2,
+        vocab_size=96,
+        transformer_layer_spec=layer_spec,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        cross_entropy_loss_fusion=False,
+        pipeline_dtype=torch.float32,
+        calculate_per_token_loss=True,
+    )
     dataset = c.GPTDatasetConfig(
-        random_seed=1234, seq_length=64, split="90,10,0", reset_position_ids=False, reset_attention_mask=False,
-        eod_mask_loss=True, num_workers=0, dataloader_type="single", skip_getting_attention_mask_from_dataset=True,
-    )  # fmt: skip
+        random_seed=1234,
+        seq_length=64,
+        split="90,10,0",
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=True,
+        num_workers=0,
+        dataloader_type="single",
+        skip_getting_attention_mask_from_dataset=True,
+    )
     train = {"train_iters": 8, "global_batch_size": 8, "micro_batch_size": 2, "exit_signal_handler": False}
     evaluation = {"eval_interval": 100, "eval_iters": 1}
     if "eval_iters" in c.TrainingConfig.__dataclass_fields__:  # 0.3
@@ -195,21 +226,38 @@ def tiny(**kwargs: Any) -> Any:
         model=model,
         dataset=dataset,
         train=c.TrainingConfig(**train),
-        optimizer=c.OptimizerConfig(optimizer="adam", lr=5e-3, min_lr=1e-3, bf16=False, fp16=False, weight_decay=0.1,
-                                    use_distributed_optimizer=False, clip_grad=1.0),
-        scheduler=c.SchedulerConfig(lr_decay_style="constant", lr_decay_iters=100, lr_warmup_iters=0, start_weight_decay=0.1,
-                                    end_weight_decay=0.1, weight_decay_incr_style="constant",
-                                    override_opt_param_scheduler=True),
-        ddp=c.DistributedDataParallelConfig(use_distributed_optimizer=False, overlap_grad_reduce=False,
-                                            average_in_collective=False),
+        optimizer=c.OptimizerConfig(
+            optimizer="adam",
+            lr=5e-3,
+            min_lr=1e-3,
+            bf16=False,
+            fp16=False,
+            weight_decay=0.1,
+            use_distributed_optimizer=False,
+            clip_grad=1.0,
+        ),
+        scheduler=c.SchedulerConfig(
+            lr_decay_style="constant",
+            lr_decay_iters=100,
+            lr_warmup_iters=0,
+            start_weight_decay=0.1,
+            end_weight_decay=0.1,
+            weight_decay_incr_style="constant",
+            override_opt_param_scheduler=True,
+        ),
+        ddp=c.DistributedDataParallelConfig(
+            use_distributed_optimizer=False, overlap_grad_reduce=False, average_in_collective=False
+        ),
         dist=c.DistributedInitConfig(distributed_backend="gloo", use_gloo_process_groups=True),
         logger=c.LoggerConfig(log_interval=1, tensorboard_dir=None),
         tokenizer=c.TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=96),
-        checkpoint=c.CheckpointConfig(save_interval=3, ckpt_format="torch_dist", async_save=False, fully_parallel_save=False),
+        checkpoint=c.CheckpointConfig(
+            save_interval=3, ckpt_format="torch_dist", async_save=False, fully_parallel_save=False
+        ),
         rng=c.RNGConfig(seed=7),
         mixed_precision=None,
         **more,
-    )  # fmt: skip
+    )
 
 
 def run(job: dict) -> None:

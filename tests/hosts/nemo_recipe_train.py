@@ -85,13 +85,21 @@ def train(job: dict[str, Any], folder: Path) -> None:
     settings = OptimizerConfig(lr=1e-3, optimizer="adam", use_distributed_optimizer=True, clip_grad=1.0)
     model = GPTModel(config, optim=MegatronOptimizerModule(config=settings), tokenizer=tokenizer)
     trainer = nl.Trainer(
-        devices=int(os.environ["WORLD_SIZE"]), accelerator="cpu", max_steps=4, limit_val_batches=1, val_check_interval=4,
-        limit_test_batches=1, num_sanity_val_steps=0, logger=False, enable_checkpointing=False, log_every_n_steps=1,
+        devices=int(os.environ["WORLD_SIZE"]),
+        accelerator="cpu",
+        max_steps=4,
+        limit_val_batches=1,
+        val_check_interval=4,
+        limit_test_batches=1,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        log_every_n_steps=1,
         strategy=nl.MegatronStrategy(
             ddp=DistributedDataParallelConfig(use_distributed_optimizer=True), **job.get("strategy", {})
         ),
         callbacks=[*([] if exact is None else [ExactCallback(**exact)]), record],
-    )  # fmt: skip
+    )
     torch.manual_seed(1)
     trainer.fit(model, data)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

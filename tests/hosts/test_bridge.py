@@ -62,12 +62,25 @@ def folder(tmp_path_factory):
     data_only = [f"dataset.blend=[[{data}],null]", cache]
     usual = [*data_only, *start]
     masked = [*usual, MASKED]
-    save = lambda name: [f"checkpoint.save={folder}/{name}"]
-    resume = lambda name: [*data_only, MASKED, f"checkpoint.load={folder}/{name}", "checkpoint.ckpt_step=3"]
-    plain = lambda name, *more: {"name": name, "mode": "plain", "arguments": [plain_script, *more]}
-    call = lambda name, *more: {"name": name, "mode": "plain", "arguments": [example, *more]}
-    launch = lambda name, *more: {"name": name, "mode": "launch", "arguments": [plain_script, *more]}
-    script = lambda name, *more: {"name": name, "mode": "plain", "arguments": [str(mb.SCRIPTS / f"{name}.py"), *more]}
+
+    def save(name):
+        return [f"checkpoint.save={folder}/{name}"]
+
+    def resume(name):
+        return [*data_only, MASKED, f"checkpoint.load={folder}/{name}", "checkpoint.ckpt_step=3"]
+
+    def plain(name, *more):
+        return {"name": name, "mode": "plain", "arguments": [plain_script, *more]}
+
+    def call(name, *more):
+        return {"name": name, "mode": "plain", "arguments": [example, *more]}
+
+    def launch(name, *more):
+        return {"name": name, "mode": "launch", "arguments": [plain_script, *more]}
+
+    def script(name, *more):
+        return {"name": name, "mode": "plain", "arguments": [str(mb.SCRIPTS / f"{name}.py"), *more]}
+
     one = [
         plain("base", *data_only, "train.train_iters=2", *save("base")),
         plain("plain", *usual, *save("plain_saved")),

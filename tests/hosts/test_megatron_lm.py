@@ -53,11 +53,27 @@ def logs(request, tmp_path_factory):
     blend = ["--data-path", "0.3", data, "0.7", other, "--split", "90,10,0", "--dataloader-type", "cyclic"]
     here = ["--load", str(folder / "base"), "--finetune"]
     reset = [*here, "--reset-attention-mask"]
-    plain = lambda name, *more, spec="layer": {
-        "name": name, "mode": "plain", "arguments": [*stock, "--spec", "cpu_spec", spec, *more]}  # fmt: skip
-    exact = lambda name, settings, *more, spec="layer", stock=stock: {
-        "name": name, "mode": "launch",
-        "arguments": [*settings, str(checkout / "pretrain_gpt.py"), *stock, "--spec", "cpu_spec", spec, *more]}  # fmt: skip
+    saved = ["--load", str(folder / "one")]
+    splits = ["--train-data-path", data, "--valid-data-path", other]
+    wandb = ["--wandb-project", "x", "--wandb-exp-name", "y", "--wandb-save-dir", str(folder)]
+
+    def from_third(name):
+        return ["--load", str(folder / name), "--ckpt-step", "3"]
+
+    def plain(name, *more, spec="layer"):
+        return {
+            "name": name,
+            "mode": "plain",
+            "arguments": [*stock, "--spec", "cpu_spec", spec, *more],
+        }
+
+    def exact(name, settings, *more, spec="layer", stock=stock):
+        return {
+            "name": name,
+            "mode": "launch",
+            "arguments": [*settings, str(checkout / "pretrain_gpt.py"), *stock, "--spec", "cpu_spec", spec, *more],
+        }
+
     unmasked = [*EXACT, "model.exact.allow_unmasked_documents=true"]
     thd = "--dataloader-inter-document-masking"
     one = [
@@ -68,8 +84,8 @@ def logs(request, tmp_path_factory):
         plain("dense", *usual, *reset),
         exact("alpha_0_masked", [*EXACT, "model.exact.alpha=0"], *usual, *reset),
         exact("one_rank", EXACT, *usual, *reset, "--save", str(folder / "one")),
-        exact("resumed", EXACT, *usual, "--reset-attention-mask", "--load", str(folder / "one"), "--ckpt-step", "3"),
-        exact("changed", [*EXACT, "model.exact.alpha=0.4"], *usual, "--reset-attention-mask", "--load", str(folder / "one")),
+        exact("resumed", EXACT, *usual, "--reset-attention-mask", *from_third("one")),
+        exact("changed", [*EXACT, "model.exact.alpha=0.4"], *usual, "--reset-attention-mask", *saved),
         exact("unweighted", ["model.exact.enabled=false"], *usual, "--load", str(folder / "one")),
         exact("recomputed", EXACT, *usual, *reset, *RECOMPUTE),
         {**exact("alone", EXACT, *usual, *reset), "alone": True},
@@ -81,12 +97,21 @@ def logs(request, tmp_path_factory):
         exact("nobody_masks", EXACT, *usual, *here),
         exact("no_data", EXACT, "--mock-data", *reset),
         exact("blend", EXACT, *blend, *reset),
-        exact("splits", EXACT, "--train-data-path", data, "--valid-data-path", other, *reset,
-              "--tensorboard-dir", str(folder / "tensorboard"), "--wandb-project", "x", "--wandb-exp-name", "y",
-              "--wandb-save-dir", str(folder)),
-        {"name": "patched", "mode": lm.patched(checkout, folder),
-         "arguments": [*stock, "--spec", "cpu_spec", "layer", *usual, *reset, *EXACT]},
-    ]  # fmt: skip
+        exact(
+            "splits",
+            EXACT,
+            *splits,
+            *reset,
+            "--tensorboard-dir",
+            str(folder / "tensorboard"),
+            *wandb,
+        ),
+        {
+            "name": "patched",
+            "mode": lm.patched(checkout, folder),
+            "arguments": [*stock, "--spec", "cpu_spec", "layer", *usual, *reset, *EXACT],
+        },
+    ]
     if has_masking:
         one.append(plain("stock_thd", *usual, *here, thd, spec="thd_layer"))
         one.append(exact("thd_alpha_0", [*EXACT, "model.exact.alpha=0"], *usual, *here, thd, spec="thd_layer"))
@@ -97,14 +122,28 @@ def logs(request, tmp_path_factory):
         if world == 2:
             for name, flags in {"tp2": TP2, "pp2": layouts["pp2"], "cp2": layouts["cp2"]}.items():
                 jobs.append(exact(f"blend_{name}", EXACT, *blend, *reset, *flags.split()))
-                jobs.append(exact(f"resumed_{name}", EXACT, *usual, "--reset-attention-mask", *flags.split(),
-                                  "--load", str(folder / "one"), "--ckpt-step", "3"))  # fmt: skip
+                jobs.append(
+                    exact(
+                        f"resumed_{name}",
+                        EXACT,
+                        *usual,
+                        *f"--reset-attention-mask {flags}".split(),
+                        *from_third("one"),
+                    )
+                )
                 jobs.append(exact(f"recomputed_{name}", EXACT, *usual, *reset, *flags.split(), *RECOMPUTE))
             jobs.append(exact("by_microbatch_cp2", EXACT, *usual, *reset, *layouts["cp2"].split(), stock=means))
             save = ["--save", str(folder / "two")]
             jobs.append(exact("dp2_saved", EXACT, *usual, *reset, "--use-distributed-optimizer", *save))
-            jobs.append(exact("dp2_resumed", EXACT, *usual, "--reset-attention-mask", "--use-distributed-optimizer",
-                              "--load", str(folder / "two"), "--ckpt-step", "3"))  # fmt: skip
+            jobs.append(
+                exact(
+                    "dp2_resumed",
+                    EXACT,
+                    *usual,
+                    *"--reset-attention-mask --use-distributed-optimizer".split(),
+                    *from_third("two"),
+                )
+            )
             if has_masking:
                 one_sample = ["--pipeline-model-parallel-size", "2", "--micro-batch-size", "1"]
                 jobs.append(exact("thd_pp2_mbs1", EXACT, *usual, *here, thd, *one_sample, spec="thd_layer"))

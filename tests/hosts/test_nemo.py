@@ -104,8 +104,15 @@ def logs(tmp_path_factory):
         job("no_plugin", ["model.exact.enabled=true"], plugin=False),
         job("one_rank", EXACT),
         job("mbs1", [*EXACT, "model.micro_batch_size=1"]),
-        job("recomputed", [*EXACT, "model.activations_checkpoint_granularity=full",
-                           "model.activations_checkpoint_method=uniform", "model.activations_checkpoint_num_layers=1"]),
+        job(
+            "recomputed",
+            [
+                *EXACT,
+                "model.activations_checkpoint_granularity=full",
+                "model.activations_checkpoint_method=uniform",
+                "model.activations_checkpoint_num_layers=1",
+            ],
+        ),
         job("pads", [*ON, *MASKED]),
         job("pads_mbs1", [*ON, *MASKED, "model.micro_batch_size=1"]),
         job("rope", [*EXACT, "model.position_embedding_type=rope"]),
@@ -117,12 +124,15 @@ def logs(tmp_path_factory):
         job("changed", [*EXACT, *SAVE, checkpoint, "model.exact.alpha=0.4"]),
         job("unweighted", [*MASKED, "model.data.eod_mask_loss=true", *SAVE, checkpoint]),
         job("accepted", [*EXACT, *SAVE, checkpoint, "model.exact.alpha=0.4", "model.exact.allow_changed_weights=true"]),
-        job("environment", [*MASKED, "model.data.eod_mask_loss=true"],
-            environment={"EXACT_ENABLED": "true", "EXACT_ALPHA": "0.5", "EXACT_TAU": "16"}),
+        job(
+            "environment",
+            [*MASKED, "model.data.eod_mask_loss=true"],
+            environment={"EXACT_ENABLED": "true", "EXACT_ALPHA": "0.5", "EXACT_TAU": "16"},
+        ),
         job("own_script", EXACT, script=str(own_script(folder)), plugin=False),
         *(job(name, [*MASKED, "model.data.eod_mask_loss=true", *more]) for name, more in yamls.items()),
         *(job(name, more) for name, (more, _) in REFUSED.items() if more),
-    ]  # fmt: skip
+    ]
     nr.run_jobs(folder, 1, one)
     two = [job(name, [*EXACT, *more], world=2) for name, more in LAYOUTS.items()]
     two += [
@@ -132,9 +142,8 @@ def logs(tmp_path_factory):
         job("pp2", [*EXACT, *PP2], world=2),
         job("pp2_resumed", [*EXACT, *SAVE, *PP2, checkpoint], world=2),
         job("dp2_saved", [*EXACT, *SAVE], world=2),
-        job("dp2_resumed", [*EXACT, *SAVE, checkpoint.replace("/saved/", "/dp2_saved/")],
-            world=2),
-    ]  # fmt: skip
+        job("dp2_resumed", [*EXACT, *SAVE, checkpoint.replace("/saved/", "/dp2_saved/")], world=2),
+    ]
     nr.run_jobs(folder, 2, two)
 
     def log(name):

@@ -29,11 +29,14 @@ def logs(request, tmp_path_factory):
     stock += ["--spec", "cpu_spec", "layer", "--no-create-attention-mask-in-dataloader"]
     here = ["--load", str(folder / "base"), "--finetune"]
     script = str(checkout / "pretrain_gpt.py")
-    run = lambda name, settings, *more: {
-        "name": name,
-        "mode": "launch",
-        "arguments": [*settings, script, *stock, *more],
-    }
+
+    def run(name, settings, *more):
+        return {
+            "name": name,
+            "mode": "launch",
+            "arguments": [*settings, script, *stock, *more],
+        }
+
     one = [
         {"name": "base", "mode": "plain", "arguments": [*stock, "--train-iters", "2", "--save", str(folder / "base")]},
         {"name": "off", "mode": "plain", "arguments": [*stock, *here]},

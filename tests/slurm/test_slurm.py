@@ -191,7 +191,10 @@ def test_chain_of_stages(cluster, tiny):
         *("--stage", "w64 model.data.seq_length=64"),
         *("--", "--config", config, "trainer.max_steps=3", "model.exact.alpha=0.5"),
     ]
-    run = lambda *more: cluster.run(*line[:1], *more, *line[1:], RANKS_PER_NODE="1")
+
+    def run(*more):
+        return cluster.run(*line[:1], *more, *line[1:], RANKS_PER_NODE="1")
+
     names = [f"{arm}.w{window}" for arm in ("baseline", "exact") for window in (16, 32, 64)]
     planned = run("--dry-run")
     assert re.findall(r"^submit    (\S+)", planned, re.M) == names and not chain.exists()

@@ -342,9 +342,14 @@ def test_node_passes_a_stop_to_the_ranks_and_not_to_torchrun(slurm, number):
     attempt = folder / "attempt"
     attempt.mkdir()
     environment = {
-        "PATH": os.environ["PATH"], "PYTHON": str(python), "RANKS_PER_NODE": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1",
-        "MASTER_ADDR": "node1", "MASTER_PORT": "14711",
-    }  # fmt: skip
+        "PATH": os.environ["PATH"],
+        "PYTHON": str(python),
+        "RANKS_PER_NODE": "8",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_NODEID": "1",
+        "MASTER_ADDR": "node1",
+        "MASTER_PORT": "14711",
+    }
     node = subprocess.Popen(["bash", SCRIPTS / "node.sh", attempt, "-m", "x", "a b"], cwd=folder, env=environment)
     end = time.monotonic() + 30
     while not (folder / "rank.up").exists():
@@ -427,7 +432,11 @@ def test_stages_are_submitted_once(slurm):
         (run / job / "slurm" / "finished").touch()
     done = stages(slurm)
     assert [line.split(":")[0].split()[1] for line in done.stdout.splitlines() if line.startswith("submitted")] == [
-        "exact.16k", "exact.convert", "exact.evaluate", "compare"]  # fmt: skip
+        "exact.16k",
+        "exact.convert",
+        "exact.evaluate",
+        "compare",
+    ]
     calls = (slurm.folder / "sbatch.calls").read_text().splitlines()[9:]
     assert "--dependency" not in calls[0] and "afterok:110" in calls[1] and "--dependency=afterok:112 " in calls[3]
 

@@ -62,8 +62,29 @@ class Kernels:
             token, head = STRIDES[part]
             assert t.stride() == (token * t.size(1) * t.size(2), head * t.size(2), 1), (name, t.shape, t.stride())
 
-    def forward(self, max_q, max_k, training, scale, dropout, fast_zero_fill, layout, o_format, scale_format, bias_type,
-                mask, softmax, window, lower, cu_q, cu_k, q, k, v, *rest):  # fmt: skip
+    def forward(
+        self,
+        max_q,
+        max_k,
+        training,
+        scale,
+        dropout,
+        fast_zero_fill,
+        layout,
+        o_format,
+        scale_format,
+        bias_type,
+        mask,
+        softmax,
+        window,
+        lower,
+        cu_q,
+        cu_k,
+        q,
+        k,
+        v,
+        *rest,
+    ):
         self.check(q, k, v, layout)
         self.masks.add(str(mask).rsplit(".", 1)[-1])
         assert (dropout, tuple(window)) == (0.0, (-1, 0)) and lower == ("BOTTOM_RIGHT" in str(mask))
@@ -72,9 +93,34 @@ class Kernels:
         out = documents(*(t.double() for t in (q, k, v)), cu_q, cu_k, scale, lower).to(q.dtype)
         return [out, torch.zeros(len(q), q.size(1), 1), torch.zeros(2, dtype=torch.int64)]
 
-    def backward_(self, max_q, max_k, scale, dropout, fast_zero_fill, layout, o_format, do_format, dqkv_layout,
-                  scale_format, do_scale_format, bias_type, mask, softmax, window, lower, deterministic, cu_q, cu_k, q, k,
-                  v, o, grad, *rest):  # fmt: skip
+    def backward_(
+        self,
+        max_q,
+        max_k,
+        scale,
+        dropout,
+        fast_zero_fill,
+        layout,
+        o_format,
+        do_format,
+        dqkv_layout,
+        scale_format,
+        do_scale_format,
+        bias_type,
+        mask,
+        softmax,
+        window,
+        lower,
+        deterministic,
+        cu_q,
+        cu_k,
+        q,
+        k,
+        v,
+        o,
+        grad,
+        *rest,
+    ):
         self.check(q, k, v, layout)
         self.backward += 1
         exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
@@ -122,9 +168,16 @@ def run_ranks(cp: int, mode: str, heads: int, groups: int, params, case, **more)
     """Output, dq, dk, dv of each rank."""
     group = Group(cp)
     modules = [
-        DocumentAttention(config(heads, groups, context_parallel_size=cp), 1, pg_collection=SimpleNamespace(cp=group),
-                          mode=mode, kernel="te", **more) for _ in range(cp)
-    ]  # fmt: skip
+        DocumentAttention(
+            config(heads, groups, context_parallel_size=cp),
+            1,
+            pg_collection=SimpleNamespace(cp=group),
+            mode=mode,
+            kernel="te",
+            **more,
+        )
+        for _ in range(cp)
+    ]
 
     def rank():
         cut = partial(zigzag, rank=group.rank(), cp=cp, dim=0)

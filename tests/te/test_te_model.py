@@ -107,7 +107,9 @@ class Nothing:
     "saved, loaded", [(False, True), (True, False), (True, True)], ids=["local-te", "te-local", "te-te"]
 )
 def test_checkpoint_between_layers(parallel_state, tmp_path, saved, loaded, resume, layers):
-    engine = lambda on: f"model.transformer_engine={str(on).lower()}"
+    def engine(on):
+        return f"model.transformer_engine={str(on).lower()}"
+
     first, second = (build(tmp_path, i, engine(on), *LAYERS[layers]) for i, on in enumerate((saved, loaded)))
     path = checkpoint.save(tmp_path, 1, [first], Nothing(), Nothing(), {"step": 1}, -1)
     before = parameters(second)

@@ -29,7 +29,7 @@ def run_config(*settings):
         "trainer.accelerator=gpu",
         "model.data.seq_length=64",
     ]
-    return load_config(None, [*common, *settings])  # fmt: skip
+    return load_config(None, [*common, *settings])
 
 
 @pytest.fixture
@@ -132,10 +132,14 @@ def test_transformer_engine_takes_what_passes_the_fp8_check(te, build):
     passed = 0
     for hidden, ffn, heads, groups, window in itertools.product((64, 72), (96, 100), (4, 2), (1, 2), (64, 68)):
         shape = [
-            f"model.hidden_size={hidden}", f"model.ffn_hidden_size={ffn}", f"model.num_attention_heads={heads}",
-            f"model.num_query_groups={groups}", f"model.data.seq_length={window}", "model.num_layers=1",
+            f"model.hidden_size={hidden}",
+            f"model.ffn_hidden_size={ffn}",
+            f"model.num_attention_heads={heads}",
+            f"model.num_query_groups={groups}",
+            f"model.data.seq_length={window}",
+            "model.num_layers=1",
             "model.kv_channels=12",
-        ]  # fmt: skip
+        ]
         run = run_config(*shape)
         if not misaligned(run):
             passed += 1
@@ -154,8 +158,14 @@ def test_cross_entropy_is_called_as_it_wants(te):
         "logits", "labels", 0.0, False, None, -100, False
     )
     assert list(bound.arguments) == [
-        "inp", "target", "label_smoothing", "reduce_loss", "dist_process_group", "ignore_idx", "is_cg_capturable",
-    ]  # fmt: skip
+        "inp",
+        "target",
+        "label_smoothing",
+        "reduce_loss",
+        "dist_process_group",
+        "ignore_idx",
+        "is_cg_capturable",
+    ]
     run = run_config("model.cross_entropy_loss_fusion=true", "model.cross_entropy_fusion_impl=te")
     assert runner.transformer_config(run).cross_entropy_fusion_impl == "te"
 

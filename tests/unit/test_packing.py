@@ -36,8 +36,12 @@ def write(prefix, lengths, dtype=np.uint16, documents=None, modes=b""):
 def damaged(rng, index, count):
     """One random fault in the bytes of a .idx of `count` sequences."""
     data = bytearray(index)
-    parts = {"header": (9, HEADER, 1), "lengths": (HEADER, HEADER + 4 * count, 4),
-             "pointers": (HEADER + 4 * count, HEADER + 12 * count, 8), "documents": (HEADER + 12 * count, len(index), 8)}  # fmt: skip
+    parts = {
+        "header": (9, HEADER, 1),
+        "lengths": (HEADER, HEADER + 4 * count, 4),
+        "pointers": (HEADER + 4 * count, HEADER + 12 * count, 8),
+        "documents": (HEADER + 12 * count, len(index), 8),
+    }
     start, end, width = parts[str(rng.choice(list(parts)))]
     entries = (end - start) // width
     one, two = (start + width * int(i) for i in rng.integers(0, entries, 2))
@@ -93,13 +97,18 @@ def test_a_damaged_index_is_refused_or_counts_as_the_sound_one(tmp_path, dtype, 
         ("lengths", 5, -7, "entry 5 of its sequence lengths, counted from 0, is -7, expected 0 or more"),
         ("lengths", 99, 0, "x.bin has 10000 bytes where .*x.idx describes 9900"),
         ("pointers", 0, 100, "entry 0 of its sequence pointers, counted from 0, is 100, expected 0,"),
-        ("pointers", 7, -(2**63), "entry 7 of its sequence pointers, counted from 0, is -9223372036854775808, expected 700"),
+        (
+            "pointers",
+            7,
+            -(2**63),
+            "entry 7 of its sequence pointers, counted from 0, is -9223372036854775808, expected 700",
+        ),
         ("documents", 0, 1, "entry 0 of its document index, counted from 0, is 1, expected 0"),
         ("documents", 9, 3, "entry 9 of its document index, counted from 0, is 3, expected 8 or more"),
         ("documents", 100, 99, "entry 100 of its document index, counted from 0, is 99, expected 100, the number"),
         ("documents", 4, 5, r"100 sequences in 100 documents \(document 3 is sequences 3 to 4\)"),
     ],
-)  # fmt: skip
+)
 def test_the_first_wrong_entry_is_named(tmp_path, array, entry, value, message):
     index = bytearray(write(tmp_path / "x", [50] * 100))
     start, code = {"lengths": (0, "<i"), "pointers": (400, "<q"), "documents": (1200, "<q")}[array]

@@ -19,9 +19,14 @@ def mock(config):
 
 def mock_class(config):
     config.dataset = c.MockGPTDatasetConfig(
-        random_seed=1, seq_length=64, reset_position_ids=False, reset_attention_mask=True, eod_mask_loss=False,
-        dataloader_type="single", num_workers=0,
-    )  # fmt: skip
+        random_seed=1,
+        seq_length=64,
+        reset_position_ids=False,
+        reset_attention_mask=True,
+        eod_mask_loss=False,
+        dataloader_type="single",
+        num_workers=0,
+    )
 
 
 def fim(config):
@@ -29,9 +34,15 @@ def fim(config):
     known = {name: known[name] for name in ("random_seed", "blend", "split", "eod_mask_loss", "reset_position_ids")}
     extra = {"middle": 1, "prefix": 2, "suffix": 3, "pad": 4, "eod": 5}
     config.dataset = c.GPTFIMDatasetConfig(
-        fim_rate=0.5, fim_spm_rate=0.5, fim_extra_tokens=extra, seq_length=64, reset_attention_mask=True,
-        dataloader_type="single", num_workers=0, **known,
-    )  # fmt: skip
+        fim_rate=0.5,
+        fim_spm_rate=0.5,
+        fim_extra_tokens=extra,
+        seq_length=64,
+        reset_attention_mask=True,
+        dataloader_type="single",
+        num_workers=0,
+        **known,
+    )
 
 
 def sft(config):

@@ -31,8 +31,14 @@ S, D = 96, 8
 
 
 def config(heads: int = 4, groups: int | None = None, **more) -> TransformerConfig:
-    given = dict(num_layers=1, hidden_size=heads * D, num_attention_heads=heads, num_query_groups=groups,
-                 attention_dropout=0.0, use_cpu_initialization=True)  # fmt: skip
+    given = dict(
+        num_layers=1,
+        hidden_size=heads * D,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+    )
     return TransformerConfig(**(given | more))
 
 
@@ -71,7 +77,8 @@ def tensors(heads, groups, batch, seed=0, seq_length=S, dtype=torch.float64):
     gen = torch.Generator().manual_seed(seed)
     shapes = [(seq_length, batch, n, D) for n in (heads, groups, groups)]
     return [torch.randn(shape, dtype=dtype, generator=gen) for shape in shapes] + [
-        torch.randn(seq_length, batch, heads * D, dtype=dtype, generator=gen)]  # fmt: skip
+        torch.randn(seq_length, batch, heads * D, dtype=dtype, generator=gen)
+    ]
 
 
 def run(function, q, k, v, weight):
@@ -187,17 +194,20 @@ def test_document_boundaries():
         assert params.cu_seqlens_q_padded is None and params.cu_seqlens_kv_padded is None
 
 
-@pytest.mark.parametrize("cuts, batch, message", [
-    ([], 1, r"starts with \(\), not 0.*prepend"),
-    ([3, 8], 1, r"starts with \(3,\), not 0.*prepend"),
-    ([0, 5, 5, 8], 1, r"does not increase at 1: \(5, 5\).*empty documents"),
-    ([0, 5, 8, 8, 8], 1, r"does not increase at 2: \(8, 8\).*padding"),
-    ([0, 4], 1, r"ends at 4, not at batch_size 1 \* seq_length 8 = 8: pass the boundaries of the whole"),
-    ([0, 8], 2, r"ends at 8, not at batch_size 2 \* seq_length 8 = 16"),
-    ([0, 5, 16], 2, r"lacks 8, the start of a sample of length 8: insert it"),
-    ([0, 2.5, 8], 1, r"flat sequence of integers, got \[0, 2.5, 8\]"),
-    (torch.tensor([[0, 8]]), 1, r"flat sequence of integers, got \[\[0, 8\]\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "cuts, batch, message",
+    [
+        ([], 1, r"starts with \(\), not 0.*prepend"),
+        ([3, 8], 1, r"starts with \(3,\), not 0.*prepend"),
+        ([0, 5, 5, 8], 1, r"does not increase at 1: \(5, 5\).*empty documents"),
+        ([0, 5, 8, 8, 8], 1, r"does not increase at 2: \(8, 8\).*padding"),
+        ([0, 4], 1, r"ends at 4, not at batch_size 1 \* seq_length 8 = 8: pass the boundaries of the whole"),
+        ([0, 8], 2, r"ends at 8, not at batch_size 2 \* seq_length 8 = 16"),
+        ([0, 5, 16], 2, r"lacks 8, the start of a sample of length 8: insert it"),
+        ([0, 2.5, 8], 1, r"flat sequence of integers, got \[0, 2.5, 8\]"),
+        (torch.tensor([[0, 8]]), 1, r"flat sequence of integers, got \[\[0, 8\]\]"),
+    ],
+)
 def test_document_boundaries_refuses(cuts, batch, message):
     with pytest.raises(ValueError, match=message):
         document_boundaries(cuts, 8, batch)
@@ -206,14 +216,26 @@ def test_document_boundaries_refuses(cuts, batch, message):
 # Refusals
 
 
-@pytest.mark.parametrize("field, value", [
-    ("multi_latent_attention", True), ("experimental_attention_variant", "dsa"), ("is_hybrid_model", True),
-    ("window_size", (128, 0)), ("attention_dropout", 0.1), ("softmax_type", "learnable"), ("qk_clip", True),
-    ("log_max_attention_logit", True), ("fp8_dot_product_attention", True),
-    ("fp8_multi_head_attention", True), ("mtp_num_layers", 1), ("hybrid_context_parallel", True),
-    ("cuda_graph_impl", "local"),
-    ("enable_cuda_graph", True), ("external_cuda_graph", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("multi_latent_attention", True),
+        ("experimental_attention_variant", "dsa"),
+        ("is_hybrid_model", True),
+        ("window_size", (128, 0)),
+        ("attention_dropout", 0.1),
+        ("softmax_type", "learnable"),
+        ("qk_clip", True),
+        ("log_max_attention_logit", True),
+        ("fp8_dot_product_attention", True),
+        ("fp8_multi_head_attention", True),
+        ("mtp_num_layers", 1),
+        ("hybrid_context_parallel", True),
+        ("cuda_graph_impl", "local"),
+        ("enable_cuda_graph", True),
+        ("external_cuda_graph", True),
+    ],
+)
 def test_refuses(field, value):
     with pytest.raises(ValueError, match=f"does not support\n  {field}="):
         check_supported(SimpleNamespace(**{field: value}))
@@ -254,15 +276,18 @@ def test_mla_config_refused():
         DocumentAttention(mla, 1)
 
 
-@pytest.mark.parametrize("given, message", [
-    (dict(attention_dropout=0.2), "attention_dropout': 0.2"),
-    (dict(attention_type="cross"), "attention_type': 'cross'"),
-    (dict(k_channels=8, v_channels=4), "'k_channels': 8, 'v_channels': 4"),
-    (dict(sink=3), "does not take {'sink': 3}"),
-    (dict(mode="ring"), "no mode='ring': use one of auto, ulysses, gather"),
-    (dict(kernel="fast"), "no kernel='fast': use one of auto, te, varlen, sdpa"),
-    (dict(attn_mask_type=AttnMaskType.no_mask), "causal, got attn_mask_type=AttnMaskType.no_mask"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(attention_dropout=0.2), "attention_dropout': 0.2"),
+        (dict(attention_type="cross"), "attention_type': 'cross'"),
+        (dict(k_channels=8, v_channels=4), "'k_channels': 8, 'v_channels': 4"),
+        (dict(sink=3), "does not take {'sink': 3}"),
+        (dict(mode="ring"), "no mode='ring': use one of auto, ulysses, gather"),
+        (dict(kernel="fast"), "no kernel='fast': use one of auto, te, varlen, sdpa"),
+        (dict(attn_mask_type=AttnMaskType.no_mask), "causal, got attn_mask_type=AttnMaskType.no_mask"),
+    ],
+)
 def test_constructor_refuses(given, message):
     with pytest.raises(ValueError, match=message):
         DocumentAttention(config(), 1, **given)
@@ -300,10 +325,17 @@ class OneOf:
         self.rank = lambda: 0
 
 
-@pytest.mark.parametrize("heads, groups, tp, cp, mode", [
-    (8, 8, 1, 4, "ulysses"), (8, 2, 1, 4, "gather"), (8, 8, 4, 2, "ulysses"), (8, 4, 4, 2, "gather"),
-    (8, None, 2, 4, "ulysses"), (8, 4, 8, 2, "gather"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "heads, groups, tp, cp, mode",
+    [
+        (8, 8, 1, 4, "ulysses"),
+        (8, 2, 1, 4, "gather"),
+        (8, 8, 4, 2, "ulysses"),
+        (8, 4, 4, 2, "gather"),
+        (8, None, 2, 4, "ulysses"),
+        (8, 4, 8, 2, "gather"),
+    ],
+)
 def test_mode_follows_the_heads(heads, groups, tp, cp, mode):
     given = config(heads, groups, context_parallel_size=cp, tensor_model_parallel_size=tp)
     pgs = SimpleNamespace(cp=OneOf(cp))
@@ -398,16 +430,36 @@ class TEStandIn:
 
     built: list[tuple] = []
 
-    def __init__(self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0,
-                 qkv_format="sbhd", attn_mask_type="causal", tp_size=1, softmax_scale=None):  # fmt: skip
+    def __init__(
+        self,
+        num_attention_heads,
+        kv_channels,
+        num_gqa_groups=None,
+        attention_dropout=0.0,
+        qkv_format="sbhd",
+        attn_mask_type="causal",
+        tp_size=1,
+        softmax_scale=None,
+    ):
         self.built.append((num_attention_heads, kv_channels, num_gqa_groups, attention_dropout, tp_size))
         self.scale = softmax_scale
 
     def __call__(self, *args, **given):
         return self.forward(*args, **given)
 
-    def forward(self, query_layer, key_layer, value_layer, attention_mask=None, qkv_format=None, cu_seqlens_q=None,
-                cu_seqlens_kv=None, max_seqlen_q=None, max_seqlen_kv=None, attn_mask_type=None):  # fmt: skip
+    def forward(
+        self,
+        query_layer,
+        key_layer,
+        value_layer,
+        attention_mask=None,
+        qkv_format=None,
+        cu_seqlens_q=None,
+        cu_seqlens_kv=None,
+        max_seqlen_q=None,
+        max_seqlen_kv=None,
+        attn_mask_type=None,
+    ):
         for t in (key_layer, value_layer):
             assert t.storage_offset() == 0 and t.is_contiguous(), "qkv memory layout is not supported"
         nq, nk = widths(cu_seqlens_q), widths(cu_seqlens_kv)
@@ -463,13 +515,29 @@ def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=F
     raise AssertionError("not to be called")
 
 
-def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-                window_size=(-1, -1)):  # fmt: skip
+def varlen_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
     return varlen_stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux, scale, window_size)
 
 
-def varlen_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-                window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):  # fmt: skip
+def varlen_2_13(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
     assert enable_gqa == (query.size(1) != key.size(1)) and seqused_k is block_table is num_splits is None
     return varlen_stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux, scale, window_size)
 

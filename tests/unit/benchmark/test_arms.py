@@ -80,7 +80,10 @@ def test_vacuous_configurations_are_refused(arm_of, exact, baseline, message):
 
 def test_vacuous_losses_masks_and_documents_are_refused(arm_of):
     exact, baseline = arm_of(), arm_of(OFF)
-    refused = lambda *given: pytest.raises(ExactError, match=given[0])
+
+    def refused(*given):
+        return pytest.raises(ExactError, match=given[0])
+
     with refused("its loss reads None"):
         arms.prove_arms(arms.Arm(exact.dataset, baseline.loss_func), baseline, 4)
     with refused("the loss function of the arm baseline is hooked"):

@@ -168,11 +168,17 @@ def test_command(tmp_path, capsys):
 
 def test_a_wrong_kernel_misses_the_bar(monkeypatch):
     sdpa = kernels._sdpa
-    wrong = lambda q, *a, **k: [t * 1.001 if q.size(0) < 128 else t for t in sdpa(q, *a, **k)]
+
+    def wrong(q, *a, **k):
+        return [t * 1.001 if q.size(0) < 128 else t for t in sdpa(q, *a, **k)]
+
     monkeypatch.setitem(kernels.KERNEL_FUNCTIONS, "varlen", wrong)
     rows = measure(*SMALL, "--only", "time", "--kernel", "varlen")[1]
     assert [row.name for row in rows if not row.passed] == ["cp 2 gather: error", "cp 4 gather: error"]
-    empty = lambda *a, **k: [t * torch.nan for t in sdpa(*a, **k)]
+
+    def empty(*a, **k):
+        return [t * torch.nan for t in sdpa(*a, **k)]
+
     monkeypatch.setitem(kernels.KERNEL_FUNCTIONS, "varlen", empty)
     assert not any(row.passed for row in measure(*SMALL, "--only", "time", "--kernel", "varlen")[1] if row.bar)
 
@@ -192,14 +198,17 @@ def test_kernels_on_a_gpu(kernel):
     assert all(row.passed for row in rows), [row for row in rows if not row.passed]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--cp", "1,2"], "--cp 1,2: give sizes from 2 on"),
-    (["--cp", "two"], "--cp two: give sizes from 2 on"),
-    (["--cp", "3"], "--seq-length 128 must be a multiple of 6"),
-    (["--heads", "3"], "--heads 3 must be a multiple of 2"),
-    (["--tp", "4"], "--kv-heads 2 must be a multiple of 4"),
-    (["--kernel", "flash"], "--kernel flash is not one of auto, te, varlen, sdpa"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cp", "1,2"], "--cp 1,2: give sizes from 2 on"),
+        (["--cp", "two"], "--cp two: give sizes from 2 on"),
+        (["--cp", "3"], "--seq-length 128 must be a multiple of 6"),
+        (["--heads", "3"], "--heads 3 must be a multiple of 2"),
+        (["--tp", "4"], "--kv-heads 2 must be a multiple of 4"),
+        (["--kernel", "flash"], "--kernel flash is not one of auto, te, varlen, sdpa"),
+    ],
+)
 def test_sizes_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
         measure(*SMALL, *arguments)

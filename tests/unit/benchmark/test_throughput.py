@@ -209,8 +209,13 @@ def arguments(*given):
 def test_layers_are_chosen_without_a_trial():
     """By memory.py: alike in all precisions, the geometry's at most, fewer in longer windows and with less memory."""
     args = arguments("--geometry", "llama-3-8b,llama-3.2-1b")
-    cells = lambda name, window, *kinds: [throughput.Cell(name, window, kind) for kind in kinds]
-    fit = lambda *cell, gib=79: throughput.fixed_layers(cells(*cell), args, gib)
+
+    def cells(name, window, *kinds):
+        return [throughput.Cell(name, window, kind) for kind in kinds]
+
+    def fit(*cell, gib=79):
+        return throughput.fixed_layers(cells(*cell), args, gib)
+
     assert fit("llama-3.2-1b", 8192, "bf16") == 16
     both = fit("llama-3-8b", 8192, "bf16", "blockwise")
     assert 32 > fit("llama-3-8b", 8192, "bf16") >= both == fit("llama-3-8b", 8192, "delayed") > 1
@@ -229,9 +234,15 @@ def test_a_line_of_cells_that_was_cut_off_is_named(tmp_path, capsys):
 
 def test_trial_layers_if_asked(monkeypatch):
     """Peaks of 10 + 3 n GiB on a device of 80 GiB: 20 layers to 85 % of it, and no more than the geometry has."""
-    job = lambda spec: {"peak": (10 + 3 * spec["layers"]) * 2**30}
+
+    def job(spec):
+        return {"peak": (10 + 3 * spec["layers"]) * 2**30}
+
     monkeypatch.setattr(throughput, "start_job", job)
-    fit = lambda name, gib: throughput.trial_layers(throughput.Cell(name, 8192, "bf16"), {}, gib)
+
+    def fit(name, gib):
+        return throughput.trial_layers(throughput.Cell(name, 8192, "bf16"), {}, gib)
+
     assert fit("llama-3-8b", 80) == 19 and fit("llama-3.2-1b", 80) == 16 and fit("llama-3-8b", 10) == 1
 
 

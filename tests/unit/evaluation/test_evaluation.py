@@ -69,10 +69,15 @@ class LooksBack:
 def bernoulli(task, length, mean, n=40, seed=0, stratum=""):
     rng = np.random.default_rng([seed, length])
     return [
-        {"id": f"{task}/{length}/{i}", "hash": "h", "unit": f"{task}/{length}/{i}", "stratum": stratum or f"{task}/{length}",
-         "cells": [[task, length, float(rng.random() < mean), 1]]}
+        {
+            "id": f"{task}/{length}/{i}",
+            "hash": "h",
+            "unit": f"{task}/{length}/{i}",
+            "stratum": stratum or f"{task}/{length}",
+            "cells": [[task, length, float(rng.random() < mean), 1]],
+        }
         for i in range(n)
-    ]  # fmt: skip
+    ]
 
 
 # bootstrap

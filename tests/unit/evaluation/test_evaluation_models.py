@@ -193,8 +193,10 @@ def test_nolima_asks_every_combination_once_and_scores_what_contains_the_answer(
 
 def test_base_score_and_effective_length_are_the_papers():
     """Best of the short lengths a test, then their mean; the longest length that keeps 85 % of it."""
-    by_test = {"a": {250: 1.0, 500: 0.5, 1000: 0.5, 2000: 1.0, 4000: 0.9, 8000: 0.2, 16000: 0.6},
-               "b": {250: 0.5, 500: 1.0, 1000: 0.5, 2000: 0.8, 4000: 0.8, 8000: 0.2, 16000: 0.6}}  # fmt: skip
+    by_test = {
+        "a": {250: 1.0, 500: 0.5, 1000: 0.5, 2000: 1.0, 4000: 0.9, 8000: 0.2, 16000: 0.6},
+        "b": {250: 0.5, 500: 1.0, 1000: 0.5, 2000: 0.8, 4000: 0.8, 8000: 0.2, 16000: 0.6},
+    }
     records = [{"unit": t, "cells": [["k", n, s, 1]]} for t, scores in by_test.items() for n, s in scores.items()]
     found = nolima.scores(records)
     assert found["base_score"] == 1.0 and found["threshold"] == 0.85 and found["effective_length"] == 4000

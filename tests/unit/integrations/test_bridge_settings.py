@@ -131,9 +131,13 @@ def run(tmp_path):
         clean = {k: v for k, v in os.environ.items() if not k.startswith("EXACT_")}
         path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[3])])
         return subprocess.run(
-            [sys.executable, *arguments], env={**clean, "PYTHONPATH": path, **environment}, cwd=tmp_path, text=True,
-            capture_output=True, timeout=60,
-        )  # fmt: skip
+            [sys.executable, *arguments],
+            env={**clean, "PYTHONPATH": path, **environment},
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            timeout=60,
+        )
 
     return run
 

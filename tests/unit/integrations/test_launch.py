@@ -293,7 +293,10 @@ class Host:
         data = train_valid_test_dataset_provider([8, 0, 0])[0]
         for i in range(4):
             sample = data[i]
-            model = lambda batch: torch.arange(1.0, 1 + batch["loss_mask"].numel())
+
+            def model(batch):
+                return torch.arange(1.0, 1 + batch["loss_mask"].numel())
+
             output, loss_func = forward_step_func(iter([sample]), model)
             self.steps.append((sample["loss_mask"], loss_func(output)))
         return "trained"
@@ -308,10 +311,17 @@ def config(write_corpus, tmp_path):
 
     prefix = write_corpus(np.array([5, 70, 33, 9, 120, 64, 40, 11, 90], np.int32))
     return GPTDatasetConfig(
-        random_seed=3, sequence_length=32, blend=([prefix], None), split="1,0,0", tokenizer=PositionTokenizer(),
-        path_to_cache=str(tmp_path / "cache"), reset_position_ids=False, reset_attention_mask=False,
-        eod_mask_loss=False, create_attention_mask=False,
-    )  # fmt: skip
+        random_seed=3,
+        sequence_length=32,
+        blend=([prefix], None),
+        split="1,0,0",
+        tokenizer=PositionTokenizer(),
+        path_to_cache=str(tmp_path / "cache"),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
 
 
 UNMASKED = ExactConfig(enabled=True, alpha=0.5, allow_unmasked_documents=True)
@@ -354,7 +364,10 @@ def test_a_weighted_checkpoint_does_not_go_on_unweighted_in_silence(monkeypatch,
     check = host.checkpointing.check_checkpoint_args
     off = MegatronLM(ExactConfig())
     monkeypatch.setattr(Host, "pretrain", lambda self, *a, resumed: self.checkpointing.check_checkpoint_args(resumed))
-    call = lambda exact, args: exact.hook(stub(host))(None, None, resumed=args)
+
+    def call(exact, args):
+        return exact.hook(stub(host))(None, None, resumed=args)
+
     with pytest.raises(ValueError, match="does not enable them"):
         call(off, saved)
     call(off, Namespace())  # from a run without EXACT
@@ -372,9 +385,13 @@ def test_means_over_a_log_interval_leave_out_steps_without_a_target(monkeypatch)
         sys.modules, "megatron.training", types.SimpleNamespace(get_args=lambda: Namespace(log_interval=4))
     )
     for values, mean in (
-        ([1.0, 2.0, 3.0, 6.0], 3.0), ([nan, 2.0, nan, 4.0], 3.0), ([2.0, 4.0, 3.0, nan], 3.0), ([nan] * 4, None),
-        ([nan, None, 5.0, 7.0], 6.0), ([5.0, 7.0, nan, None], 6.0),  # None: the step was skipped
-    ):  # fmt: skip
+        ([1.0, 2.0, 3.0, 6.0], 3.0),
+        ([nan, 2.0, nan, 4.0], 3.0),
+        ([2.0, 4.0, 3.0, nan], 3.0),
+        ([nan] * 4, None),
+        ([nan, None, 5.0, 7.0], 6.0),
+        ([5.0, 7.0, nan, None], 6.0),  # None: the step was skipped
+    ):
         log, totals = whole_intervals(training_log), {}
         for interval in range(2):  # the second is summed anew
             for step, value in enumerate(values, 1):
@@ -454,7 +471,9 @@ def test_hooking_twice_is_refused(monkeypatch, config):
 
 
 def test_a_patched_script_takes_its_settings_from_the_command_line(monkeypatch):
-    pretrain = lambda train_valid_test_dataset_provider, forward_step_func: None
+    def pretrain(train_valid_test_dataset_provider, forward_step_func):
+        return None
+
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", "--lr", "1", "--exact-alpha", "0.2"])
     assert not from_command_line(pretrain).exact.config.enabled
     assert sys.argv == ["pretrain_gpt.py", "--lr", "1"]
@@ -483,7 +502,9 @@ def test_boundaries_reach_the_model_and_not_the_script():
         seen["batch"] = next(data_iterator)
         return model("tokens", labels=1), None
 
-    model = lambda *args, **kwargs: seen.update(args=args, **kwargs)
+    def model(*args, **kwargs):
+        return seen.update(args=args, **kwargs)
+
     feed_documents(forward_step, 8)(iter([{"tokens": 0, "cu_seqlens": cu_seqlens}]), model)
     assert seen["batch"] == {"tokens": 0} and seen["args"] == ("tokens",) and seen["labels"] == 1
     assert seen["packed_seq_params"].boundaries == (0, 3, 8, 16)
@@ -576,8 +597,8 @@ def test_doctor_fits_a_screen_and_fails_for_a_run_that_would(capsys, write_corpu
         assert name in text
     prefix = write_corpus(np.array([100, 300, 64], np.int32))
     checkout(tmp_path)
-    line = ["doctor", ON, str(tmp_path / "pretrain_gpt.py"), "--seq-length", "64", "--data-path", prefix, "--bf16",
-            "--attention-dropout", "0"]  # fmt: skip
+    script = str(tmp_path / "pretrain_gpt.py")
+    line = ["doctor", ON, script, "--data-path", prefix, *"--seq-length 64 --bf16 --attention-dropout 0".split()]
     assert main([*line, "--reset-attention-mask", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["run"]["tau"] == 16 and 0 < report["run"]["tail_share"] < report["run"]["weighted_tail_share"] < 1
@@ -597,7 +618,10 @@ def test_doctor_fits_a_screen_and_fails_for_a_run_that_would(capsys, write_corpu
         (["--multi-latent-attention"], "multi_latent_attention"),
         (["--context-parallel-size", "4", "--seq-length", "60"], "use a multiple of 8"),
         (["--context-parallel-size", "2", "--cp-comm-type", "a2a+p2p"], "a2a+p2p"),
-        (["--context-parallel-size", "2", "--cp-comm-type", "a2a", "--group-query-attention", "--num-query-groups", "1"], "1 KV heads"),
+        (
+            "--context-parallel-size 2 --cp-comm-type a2a --group-query-attention --num-query-groups 1".split(),
+            "1 KV heads",
+        ),
         (["--window-size", "(128,0)"], "sliding windows"),
         (["--fp8-dot-product-attention"], "fp8_dot_product_attention"),
         (["--cuda-graph-impl", "local"], "cuda_graph_impl"),
@@ -614,12 +638,13 @@ def test_doctor_fits_a_screen_and_fails_for_a_run_that_would(capsys, write_corpu
         (["--data-args-path", "missing.txt"], "missing.txt"),
         (["model.exact.tau=256", "--seq-length", "512"], "no target has an effective context of tau=256"),
     ],
-)  # fmt: skip
+)
 def test_doctor_fails_for_what_the_launcher_refuses(more, words, capsys, write_corpus, tmp_path):
     prefix = write_corpus(np.array([50, 30, 64] * 8, np.int32))
     checkout(tmp_path)
-    line = ["doctor", ON, str(tmp_path / "pretrain_gpt.py"), "--seq-length", "64", "--data-path", prefix, "--attention-dropout", "0",
-            "--reset-attention-mask"]  # fmt: skip
+    script = str(tmp_path / "pretrain_gpt.py")
+    flags = "--seq-length 64 --attention-dropout 0 --reset-attention-mask".split()
+    line = ["doctor", ON, script, "--data-path", prefix, *flags]
     assert main(line) == 0
     assert "nothing: EXACT would start this run" in capsys.readouterr().out
     assert main([*line, *more]) == 1
@@ -644,8 +669,17 @@ def test_doctor_fails_for_what_the_native_runner_refuses(more, words, capsys, wr
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     lengths = np.array([50, 30, 40], np.int32)
     prefix = write_corpus(lengths, tokens=np.arange(lengths.sum()) % 64)
-    line = ["doctor", ON, f"model.data.data_prefix={prefix}", "model.data.seq_length=64", "model.override_vocab_size=64",
-            "model.data.eod_id=0", "trainer.devices=1", "trainer.accelerator=auto", "model.num_layers=2"]  # fmt: skip
+    line = [
+        "doctor",
+        ON,
+        f"model.data.data_prefix={prefix}",
+        "model.data.seq_length=64",
+        "model.override_vocab_size=64",
+        "model.data.eod_id=0",
+        "trainer.devices=1",
+        "trainer.accelerator=auto",
+        "model.num_layers=2",
+    ]
     assert main(line) == 0, capsys.readouterr().out
     assert main([*line, more]) == 1
     assert words in capsys.readouterr().out.partition("refused")[2]
@@ -679,9 +713,14 @@ def test_doctor_tells_nvidias_apex_from_the_other(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("capability", "recipes"),
-    [(None, "none"), ((8, 0), "none"), ((8, 9), "delayed, tensorwise"), ((9, 0), "delayed, tensorwise, blockwise"),
-     ((10, 0), "delayed, tensorwise, blockwise, mxfp8")],
-)  # fmt: skip
+    [
+        (None, "none"),
+        ((8, 0), "none"),
+        ((8, 9), "delayed, tensorwise"),
+        ((9, 0), "delayed, tensorwise, blockwise"),
+        ((10, 0), "delayed, tensorwise, blockwise, mxfp8"),
+    ],
+)
 def test_doctor_names_fp8_recipes(capability, recipes):
     assert doctor.fp8_recipes(capability, "2.9.0").startswith(recipes)
     assert doctor.fp8_recipes(capability, "not installed").startswith("none")

@@ -192,7 +192,9 @@ def test_the_yaml_model_refuses_a_weighted_checkpoint_and_a_fused_loss(stand_in,
     nemo = stand_in("nemo", stubs)
     nemo.install()
     OmegaConf = pytest.importorskip("omegaconf").OmegaConf
-    doing = lambda what: types.SimpleNamespace(state=types.SimpleNamespace(fn=what))
+
+    def doing(what):
+        return types.SimpleNamespace(state=types.SimpleNamespace(fn=what))
 
     def loads(kind, exact, trainer, checkpoint):
         kind(OmegaConf.create({"exact": exact}), trainer).on_load_checkpoint(checkpoint)

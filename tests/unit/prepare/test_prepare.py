@@ -254,9 +254,14 @@ def test_what_a_folder_means(tmp_path):
         "x.pdf",
     }
     for name, reason in [
-        ("README.md", "beside data"), ("a.txt.gz", "copy of"), ("gone.txt", "No such file"), ("info.json", "'text'"),
-        ("link", "link to a folder"), ("pipe.txt", "not a regular file"), ("x.pdf", "suffix"),
-    ]:  # fmt: skip
+        ("README.md", "beside data"),
+        ("a.txt.gz", "copy of"),
+        ("gone.txt", "No such file"),
+        ("info.json", "'text'"),
+        ("link", "link to a folder"),
+        ("pipe.txt", "not a regular file"),
+        ("x.pdf", "suffix"),
+    ]:
         assert reason in reasons[name]
     prepare([folder / "README.md", folder], tmp_path / "named", overwrite=True)
     assert documents(tmp_path / "named")[0] == "# read me"
@@ -730,9 +735,11 @@ def test_parquet(tmp_path):
     texts, path = [*TEXTS, None, " "], tmp_path / "set" / "p.Parquet"
     path.parent.mkdir()
     kinds = {
-        "string": pyarrow.string(), "large": pyarrow.large_string(), "bytes": pyarrow.binary(),
+        "string": pyarrow.string(),
+        "large": pyarrow.large_string(),
+        "bytes": pyarrow.binary(),
         "words": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
-    }  # fmt: skip
+    }
     columns = {name: pyarrow.array(texts, pyarrow.string()).cast(kind) for name, kind in kinds.items()}
     parquet.write_table(pyarrow.table({**columns, "n": list(range(len(texts)))}), path, row_group_size=7)
     (path.parent / "README.md").write_text("# not data")

@@ -11,12 +11,14 @@ from tests.helpers.tiny import config_file, write_data
 STEPS = 3
 TIED = ["model.share_embeddings_and_output_weights=true"]
 VARIANTS = {
-    "plain": [], "chunks": ["model.loss_chunk_tokens=24"],  # 64 positions: 24, 24, 16
-    "tied": TIED, "tied_chunks": [*TIED, "model.loss_chunk_tokens=16"],
+    "plain": [],
+    "chunks": ["model.loss_chunk_tokens=24"],  # 64 positions: 24, 24, 16
+    "tied": TIED,
+    "tied_chunks": [*TIED, "model.loss_chunk_tokens=16"],
     # megatron.core's fusion rounds the logits' gradient to bfloat16, in float32 runs too, so it has its own reference
     "fused": ["model.cross_entropy_loss_fusion=true"],
     "fused_chunks": ["model.loss_chunk_tokens=24", "model.cross_entropy_loss_fusion=true"],
-}  # fmt: skip
+}
 
 
 def metrics(folder, world, common, variants):
@@ -129,8 +131,16 @@ def test_other_loss_ends_are_measured_where_they_are_installed(monkeypatch):
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.t().flatten(), reduction="none")
             return losses.view(logits.shape[:2]).t()
 
-    run = load_config(None, ["model.data.data_prefix=[none]", "model.data.seq_length=12", "model.micro_batch_size=2",
-                             "model.hidden_size=8", "model.override_vocab_size=50"])  # fmt: skip
+    run = load_config(
+        None,
+        [
+            "model.data.data_prefix=[none]",
+            "model.data.seq_length=12",
+            "model.micro_batch_size=2",
+            "model.hidden_size=8",
+            "model.override_vocab_size=50",
+        ],
+    )
     model = [types.SimpleNamespace(module=Model())]
     trainer = types.SimpleNamespace(run=run, model=model, device=torch.device("cpu"))
     assert loss_end(trainer)["others"] == {}

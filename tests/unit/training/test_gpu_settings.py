@@ -154,10 +154,19 @@ def test_memory_of_deterministic_attention(cuda, monkeypatch):
         (["model.data.seq_length=40960"], 32, 65536, 65536),
         (["model.data.seq_length=8192", "trainer.devices=4", "model.tensor_model_parallel_size=4"], 8, 8192, 8192),
         (["model.data.seq_length=8192", "trainer.devices=4", "model.context_parallel_size=4"], 8, 8192, 8192),
-        (["model.data.seq_length=8192", "trainer.devices=4", "model.context_parallel_size=4",
-          "model.cp_comm_type=all_gather"], 32, 1024, 8192),
+        (
+            [
+                "model.data.seq_length=8192",
+                "trainer.devices=4",
+                "model.context_parallel_size=4",
+                "model.cp_comm_type=all_gather",
+            ],
+            32,
+            1024,
+            8192,
+        ),
     ],
-)  # fmt: skip
+)
 def test_workspace_of_deterministic_attention(settings, heads, queries, keys):
     assert determinism.attention_workspace(run_config(*WIDE, *settings)) == 32 * heads * queries * keys * 2
 
@@ -165,7 +174,9 @@ def test_workspace_of_deterministic_attention(settings, heads, queries, keys):
 def test_plan_says_what_deterministic_attention_takes():
     from exact_megatron.planning.plan import notes
 
-    notes_of = lambda *settings: "\n".join(notes(run_config(*WIDE, *settings, "model.data.seq_length=4096")))
+    def notes_of(*settings):
+        return "\n".join(notes(run_config(*WIDE, *settings, "model.data.seq_length=4096")))
+
     assert "before 9.25 takes another 32.0 GiB" in notes_of(*DETERMINISTIC)
     assert "deterministic" not in notes_of("trainer.precision=bf16")
 
@@ -179,28 +190,58 @@ FP8 = ["model.fp8=true", "trainer.precision=bf16"]
     [
         (["model.data.seq_length=4096"], None),
         (["model.data.seq_length=4088", "model.micro_batch_size=2"], None),  # 8,176 tokens
-        (["model.data.seq_length=4104"], r"model.data.seq_length=4104 x model.micro_batch_size=1 / model.context_parallel_size=1 = 4104, "
-         r"must divide by 16: use a seq_length that is a multiple of 16,"),
-        (["model.data.seq_length=4104", "model.micro_batch_size=3", "model.global_batch_size=9"],
-         r"model.micro_batch_size=3 .* = 12312, .* multiple of 16,"),
-        (["model.data.seq_length=4104", "trainer.devices=2", "model.context_parallel_size=2"],
-         r"context_parallel_size=2 = 2052.* multiple of 32,"),
-        (["model.data.seq_length=4128", "trainer.devices=8", "model.tensor_model_parallel_size=8", "model.num_attention_heads=8",
-          "model.hidden_size=1024", "model.ffn_hidden_size=1024"], None),
-        (["model.data.seq_length=4128", "trainer.devices=8", "model.tensor_model_parallel_size=8", "model.num_attention_heads=8",
-          "model.hidden_size=1024", "model.ffn_hidden_size=1024", "model.sequence_parallel=true"],
-         r"sequence-parallel rank by 8: .* multiple of 64,"),
+        (
+            ["model.data.seq_length=4104"],
+            r"model.data.seq_length=4104 x model.micro_batch_size=1 / model.context_parallel_size=1 = 4104, "
+            r"must divide by 16: use a seq_length that is a multiple of 16,",
+        ),
+        (
+            ["model.data.seq_length=4104", "model.micro_batch_size=3", "model.global_batch_size=9"],
+            r"model.micro_batch_size=3 .* = 12312, .* multiple of 16,",
+        ),
+        (
+            ["model.data.seq_length=4104", "trainer.devices=2", "model.context_parallel_size=2"],
+            r"context_parallel_size=2 = 2052.* multiple of 32,",
+        ),
+        (
+            [
+                "model.data.seq_length=4128",
+                "trainer.devices=8",
+                "model.tensor_model_parallel_size=8",
+                "model.num_attention_heads=8",
+                "model.hidden_size=1024",
+                "model.ffn_hidden_size=1024",
+            ],
+            None,
+        ),
+        (
+            [
+                "model.data.seq_length=4128",
+                "trainer.devices=8",
+                "model.tensor_model_parallel_size=8",
+                "model.num_attention_heads=8",
+                "model.hidden_size=1024",
+                "model.ffn_hidden_size=1024",
+                "model.sequence_parallel=true",
+            ],
+            r"sequence-parallel rank by 8: .* multiple of 64,",
+        ),
         (["model.hidden_size=136"], r"model.hidden_size=136 is 136, not a multiple of 16"),
         (["model.ffn_hidden_size=344"], r"model.ffn_hidden_size=344 is 344, not"),
-        (["trainer.devices=2", "model.tensor_model_parallel_size=2", "model.ffn_hidden_size=48"],
-         r"=48 over model.tensor_model_parallel_size=2 is 24"),
+        (
+            ["trainer.devices=2", "model.tensor_model_parallel_size=2", "model.ffn_hidden_size=48"],
+            r"=48 over model.tensor_model_parallel_size=2 is 24",
+        ),
         (["model.kv_channels=12", "model.num_attention_heads=2"], r"2 heads of 12 channels is 24, not"),
         (["model.kv_channels=8", "model.num_attention_heads=4", "model.num_query_groups=1"], None),
         (["model.kv_channels=8", "model.num_attention_heads=2", "model.num_query_groups=1"], None),
-        (["model.kv_channels=4", "model.num_attention_heads=4", "model.num_query_groups=1"], r"4 \+ 2 x 1 heads of 4 channels is 24, not"),
+        (
+            ["model.kv_channels=4", "model.num_attention_heads=4", "model.num_query_groups=1"],
+            r"4 \+ 2 x 1 heads of 4 channels is 24, not",
+        ),
         (["model.override_vocab_size=1001", "model.make_vocab_size_divisible_by=1"], None),  # the output layer is bf16
     ],
-)  # fmt: skip
+)
 def test_sizes_that_fp8_products_take(recipe, settings, message):
     settings = [*settings, f"model.fp8_recipe={recipe}"]
     run_config(*settings)  # without FP8 anything goes
@@ -212,12 +253,21 @@ def test_sizes_that_fp8_products_take(recipe, settings, message):
 
 
 def test_plan_says_where_blockwise_gathers_in_bf16():
-    parallel = ["trainer.devices=4", "model.tensor_model_parallel_size=4", "model.sequence_parallel=true",
-                "model.ffn_hidden_size=512", "model.hidden_size=256", "model.fp8_recipe=blockwise"]  # fmt: skip
+    parallel = [
+        "trainer.devices=4",
+        "model.tensor_model_parallel_size=4",
+        "model.sequence_parallel=true",
+        "model.ffn_hidden_size=512",
+        "model.hidden_size=256",
+        "model.fp8_recipe=blockwise",
+    ]
     assert slow(run_config(*FP8, *parallel)) == []
-    assert "gathers 256 tokens of 272 channels" in slow(
-        run_config(*FP8, *parallel, "model.data.seq_length=1024", "model.hidden_size=272", "model.kv_channels=64")
-    )[0]  # fmt: skip
+    assert (
+        "gathers 256 tokens of 272 channels"
+        in slow(
+            run_config(*FP8, *parallel, "model.data.seq_length=1024", "model.hidden_size=272", "model.kv_channels=64")
+        )[0]
+    )
 
 
 TE_LOSS = ["model.cross_entropy_loss_fusion=true", "model.cross_entropy_fusion_impl=te"]
@@ -227,11 +277,17 @@ TE_LOSS = ["model.cross_entropy_loss_fusion=true", "model.cross_entropy_fusion_i
     ("settings", "message"),
     [
         (TE_LOSS[1:], "cross_entropy_fusion_impl=te needs model.cross_entropy_loss_fusion=true"),
-        ([*TE_LOSS, "model.loss_chunk_tokens=1024"], "takes all logits at once, model.loss_chunk_tokens=1024 some of them"),
+        (
+            [*TE_LOSS, "model.loss_chunk_tokens=1024"],
+            "takes all logits at once, model.loss_chunk_tokens=1024 some of them",
+        ),
         ([*TE_LOSS[:1], "model.cross_entropy_fusion_impl=liger"], "'liger' is not one of native, te"),
-        ([*TE_LOSS[:1], "model.deterministic_mode=true"], "deterministic_mode=true with model.cross_entropy_loss_fusion=true"),
+        (
+            [*TE_LOSS[:1], "model.deterministic_mode=true"],
+            "deterministic_mode=true with model.cross_entropy_loss_fusion=true",
+        ),
     ],
-)  # fmt: skip
+)
 def test_cross_entropies_that_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         run_config(*settings)
@@ -257,7 +313,10 @@ def test_transformer_engines_cross_entropy(cuda, monkeypatch, version, message):
 def test_memory_of_the_cross_entropies():
     """Logits of 32,768 tokens and 128,256 words in bf16: 8.4 GB, beside fp32 25.2, beside a copy 16.8."""
     shape = ["trainer.precision=bf16", "model.data.seq_length=32768", "model.make_vocab_size_divisible_by=1"]
-    logits = lambda *more: memory(run_config(*shape, *more), 128256)[0].logits - 2 * 32768 * 128 * 2
+
+    def logits(*more):
+        return memory(run_config(*shape, *more), 128256)[0].logits - 2 * 32768 * 128 * 2
+
     assert [round(logits(*more) / 1e9, 1) for more in ([], TE_LOSS)] == [25.2, 16.8]
 
 
@@ -312,8 +371,13 @@ def test_a_cpu_takes_no_cuda_kernels_of_installed_packages(monkeypatch):
         optimizer: ["Adam", "SGD", "USING_PYTORCH_OPTIMIZER"],
         distrib_optimizer: ["Adam", "HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER"],
         base: ["multi_tensor_applier", "multi_tensor_scale_impl"],
-        clip_grads: ["multi_tensor_applier", "multi_tensor_scale_impl", "multi_tensor_scale_tensor_impl", "l2_norm_impl"],
-    }  # fmt: skip
+        clip_grads: [
+            "multi_tensor_applier",
+            "multi_tensor_scale_impl",
+            "multi_tensor_scale_tensor_impl",
+            "l2_norm_impl",
+        ],
+    }
     for module, attributes in names.items():
         for name in attributes:
             monkeypatch.setattr(module, name, kernel, raising=False)
