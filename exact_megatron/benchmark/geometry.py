@@ -1,8 +1,12 @@
-"""Model geometries of the throughput benchmark, and the floating-point operations of a training step."""
+"""Shapes of attention layers, and model geometries of the throughput benchmark."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from ..planning.flops import step_flops
+from ..planning.memory import layer_matrices
 
 
 @dataclass(frozen=True)
@@ -50,40 +54,35 @@ class Geometry:
     tied: bool
     rotary_base: float = 500000.0
 
+    def model(self, layers: int) -> dict[str, Any]:
+        """The native runner's settings of a model with this many layers, named as in `model.*`."""
+        return {
+            "num_layers": layers,
+            "hidden_size": self.hidden,
+            "ffn_hidden_size": self.ffn,
+            "num_attention_heads": self.heads,
+            "num_query_groups": self.kv_heads,
+            "kv_channels": self.head_dim,
+            "override_vocab_size": self.vocabulary,
+            "share_embeddings_and_output_weights": self.tied,
+            "rotary_base": self.rotary_base,
+        }
+
     def overrides(self, layers: int) -> list[str]:
-        """The native runner's settings of a model with this many layers."""
-        return [
-            f"model.num_layers={layers}",
-            f"model.hidden_size={self.hidden}",
-            f"model.ffn_hidden_size={self.ffn}",
-            f"model.num_attention_heads={self.heads}",
-            f"model.num_query_groups={self.kv_heads}",
-            f"model.kv_channels={self.head_dim}",
-            f"model.override_vocab_size={self.vocabulary}",
-            f"model.share_embeddings_and_output_weights={str(self.tied).lower()}",
-            f"model.rotary_base={self.rotary_base}",
-        ]
+        """`model` as overrides."""
+        return [f"model.{name}={str(value).lower()}" for name, value in self.model(layers).items()]
 
     def layer_matrices(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of the matrices of a layer, as Megatron fuses them."""
-        attention = self.heads * self.head_dim
-        return {
-            "qkv": (self.hidden, attention + 2 * self.kv_heads * self.head_dim),
-            "attention output": (attention, self.hidden),
-            "gate and up": (self.hidden, 2 * self.ffn),
-            "down": (self.ffn, self.hidden),
-        }
+        from ..training.schema import ModelConfig
+
+        return layer_matrices(ModelConfig(**self.model(self.layers)))
 
     def step_flops(self, layers: int, tokens: int, pairs: int) -> float:
-        """Floating-point operations of forward and backward, of the matrices and the attention alone.
+        """Floating-point operations of forward and backward, see planning/flops.py."""
+        from ..training.schema import ModelConfig
 
-        Args:
-            tokens: in the step; each takes 6 operations a matrix element (the logits' matrix too, the embedding's look-up not).
-            pairs: query-key pairs that attend each other, a head (`causal_pairs`); each takes 12 operations a channel: two
-                products in forward, four in backward. A kernel that recomputes is not credited for it.
-        """
-        matrices = layers * sum(a * b for a, b in self.layer_matrices().values()) + self.hidden * self.vocabulary
-        return 6.0 * tokens * matrices + 12.0 * layers * self.heads * self.head_dim * pairs
+        return step_flops(ModelConfig(**self.model(layers)), self.vocabulary, tokens, pairs)[0]
 
 
 GEOMETRIES = {

@@ -8,26 +8,39 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .data import Data
-from .memory import attention_widths, linear_parameters
+from .memory import attention_widths, matrix_parameters
 
 if TYPE_CHECKING:
-    from ..training.schema import RunConfig
+    from ..training.schema import ModelConfig, RunConfig
+
+
+def step_flops(m: ModelConfig, vocabulary: int, tokens: float, pairs: float) -> tuple[float, float]:
+    """Floating-point operations of forward and backward, of the matrices and the attention alone.
+
+    Args:
+        vocabulary: rows of the output layer.
+        tokens: each takes 6 operations a weight of every matrix that is multiplied (the output layer, not the input embedding).
+        pairs: query-key pairs that attend each other, a head (`causal_pairs`); each takes 12 operations a query channel: two
+            products in forward, four in backward. Nothing for what is computed again, by recomputation or in a kernel.
+
+    Returns:
+        (all of them, those of the attention).
+    """
+    _, q, _ = attention_widths(m)
+    matrices = m.num_layers * matrix_parameters(m) + m.hidden_size * vocabulary
+    attention = 12.0 * m.num_layers * q * pairs
+    return 6.0 * tokens * matrices + attention, attention
 
 
 def flops_per_token(run: RunConfig, vocab_size: int, data: Data | None) -> dict[str, Any]:
-    """Floating-point operations of the model, forward and backward, a token; nothing for recomputation.
-
-    6 a weight of every matrix that is multiplied (the output layer, not the input embedding), and 12 a query channel for each
-    key that a query sees: half of the window, or what the documents leave (sum of L (L + 1) / 2 over the pieces).
-    """
+    """`step_flops` of a token, whose query sees half of the window, or what the documents leave (sum of L (L + 1) / 2)."""
     m = run.model
-    _, q, _ = attention_widths(m)
     window = (m.data.seq_length + 1) / 2
     pairs = window if data is None else data.pairs
-    matrices = m.num_layers * sum(linear_parameters(m)) + m.hidden_size * run.padded_vocab_size(vocab_size)
+    total, attention = step_flops(m, run.padded_vocab_size(vocab_size), 1, pairs)
     return {
-        "total": 6 * matrices + 12 * m.num_layers * q * pairs,
-        "attention": 12 * m.num_layers * q * pairs,
+        "total": total,
+        "attention": attention,
         "keys_seen": pairs,
         "counted": "full causal window" if pairs == window else "document by document",
     }

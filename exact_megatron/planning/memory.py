@@ -63,11 +63,21 @@ def attention_widths(m: ModelConfig) -> tuple[int, int, int]:
     return head, head * m.num_attention_heads, head * (m.num_query_groups or m.num_attention_heads)
 
 
-def linear_parameters(m: ModelConfig) -> tuple[int, int]:
-    """Weights of one layer's matrices, without biases: (attention's, MLP's)."""
+def layer_matrices(m: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the matrices of one layer, as Megatron fuses them; biases apart."""
     _, q, kv = attention_widths(m)
-    gates = 2 if m.activation == "fast-swiglu" else 1
-    return m.hidden_size * (2 * q + 2 * kv), m.hidden_size * m.ffn_hidden_size * (gates + 1)
+    gated = m.activation == "fast-swiglu"
+    return {
+        "qkv": (m.hidden_size, q + 2 * kv),
+        "attention output": (q, m.hidden_size),
+        "gate and up" if gated else "up": (m.hidden_size, (2 if gated else 1) * m.ffn_hidden_size),
+        "down": (m.ffn_hidden_size, m.hidden_size),
+    }
+
+
+def matrix_parameters(m: ModelConfig) -> int:
+    """Weights of one layer's matrices."""
+    return sum(inputs * outputs for inputs, outputs in layer_matrices(m).values())
 
 
 def layer_parameters(m: ModelConfig, tp: int = 1) -> int:
@@ -75,7 +85,7 @@ def layer_parameters(m: ModelConfig, tp: int = 1) -> int:
     head, q, kv = attention_widths(m)
     gates = 2 if m.activation == "fast-swiglu" else 1
     norm = 1 if m.normalization == "rmsnorm" else 2
-    shared = sum(linear_parameters(m))
+    shared = matrix_parameters(m)
     whole = 2 * norm * m.hidden_size
     if m.bias or m.qkv_bias:
         shared += q + 2 * kv
@@ -180,7 +190,7 @@ def stage_memory(run: RunConfig, vocab_size: int, stage: int) -> StageMemory:
     count = rank_parameters(m, vocabulary, stage)
     weights, gradients, optimizer = state_bytes(run, count)
     if m.fp8:  # Transformer Engine keeps an FP8 copy of each matrix, and its transpose, over a step's micro-batches
-        weights += 2 * sum(linear_parameters(m)) // tp * (m.num_layers // p)
+        weights += 2 * matrix_parameters(m) // tp * (m.num_layers // p)
 
     hidden = tokens * m.hidden_size * e // (tp if m.sequence_parallel else 1)
     whole = layer_activations(run)

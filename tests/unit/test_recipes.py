@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from exact_megatron.benchmark.geometry import Geometry
+from exact_megatron.planning.flops import causal_pairs, flops_per_token
 from exact_megatron.planning.memory import GIB, memory, parameters
 from exact_megatron.planning.plan import GPU_MEMORY
 from exact_megatron.training.config import load_config
@@ -58,6 +60,19 @@ def test_geometry_is_the_published_one(model):
         assert (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor) == (factor, 1.0, 4.0)
         assert scaling.original_max_position_embeddings == 8192
     assert parameters(recipe(model, "4k"), vocabulary) == count
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_plan_and_benchmark_count_the_same_operations(model):
+    layers, hidden, ffn, heads, groups, vocabulary, tied, *_ = PUBLISHED[model]
+    run = recipe(model, "4k")
+    channels = run.model.kv_channels or hidden // heads
+    geometry = Geometry(layers, hidden, ffn, heads, groups, channels, vocabulary, tied)
+    planned = flops_per_token(run, vocabulary, None)["total"]
+    assert planned == geometry.step_flops(layers, 4096, causal_pairs([4096])) / 4096
+    attention = hidden * channels * (2 * heads + 2 * groups)
+    matrices = layers * (attention + 3 * hidden * ffn) + hidden * vocabulary
+    assert planned == 6 * matrices + 12 * layers * heads * channels * (4096 + 1) / 2
 
 
 @pytest.mark.parametrize("stage", STAGES)
