@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ..utils.ranks import ONE_RANK, be_single_rank, is_rank
 from .synthetic import write_corpus
 
 WARMUP = 5  # uncounted training steps of each arm
@@ -19,19 +20,19 @@ STEP_DEFAULTS = """
     model.ffn_hidden_size=352 model.num_attention_heads=8 model.num_query_groups=4
     model.data.seq_length=1024 model.data.num_workers=0 model.data.splits_string=1 model.optim.lr=2e-3
 """.split()
-STEP_FORCED = """
-    trainer.devices=1 trainer.num_nodes=1 model.tensor_model_parallel_size=1 model.context_parallel_size=1
-    model.pipeline_model_parallel_size=1 model.virtual_pipeline_model_parallel_size=null
-    model.optim.sched.name=constant model.optim.sched.warmup_steps=0
-    trainer.limit_val_batches=0 restore_from_path=null
-""".split()
+STEP_FORCED = [
+    *ONE_RANK,
+    "model.optim.sched.name=constant",
+    "model.optim.sched.warmup_steps=0",
+    "trainer.limit_val_batches=0",
+    "restore_from_path=null",
+]
 
 
 @contextmanager
 def one_rank(args: argparse.Namespace, steps: int, forced: Sequence[str]) -> Iterator[tuple[Any, Any]]:
     """(settings, Trainer) of a benchmark that trains `steps` steps on synthetic documents, or on the data of --config."""
     from ..training.config import load_config
-    from ..utils.ranks import be_single_rank, is_rank
 
     if is_rank():
         raise ValueError(f"`exact-megatron benchmark {args.benchmark}` is one rank: start it without torchrun or srun")

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.ranks import ONE_RANK
+
 MEASURES = {
     "entropy": "attention entropy (nats)",
     "largest": "largest attention weight",
@@ -136,9 +138,7 @@ def probe_run(run_dir: str | Path, batches: int, overrides: list[str]) -> dict[s
         raise FileNotFoundError(
             f"{run_dir} has no checkpoints: keep them with exp_manager.checkpoint_callback_params.save_top_k=-1"
         )
-    one_rank = """trainer.devices=1 trainer.num_nodes=1 model.tensor_model_parallel_size=1 model.pipeline_model_parallel_size=1
-        model.virtual_pipeline_model_parallel_size=null model.context_parallel_size=1 model.sequence_parallel=false""".split()
-    forced = [f"exp_manager.exp_dir={run_dir}", f"trainer.limit_val_batches={batches}", *one_rank, *overrides]
+    forced = [f"exp_manager.exp_dir={run_dir}", f"trainer.limit_val_batches={batches}", *ONE_RANK, *overrides]
     run = load_config(Path(run_dir) / "config.yaml", forced)
     trainer = Trainer(run, progress=False)
     timing, layers = run.model.qk_timing, run.model.num_layers

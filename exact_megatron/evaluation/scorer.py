@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..utils.ranks import ONE_RANK
+
 ROWS = 1024  # positions whose logits exist at a time: 1024 x 128,256 floats are 0.5 GB
 
 
@@ -168,12 +170,12 @@ def scoring_config(state: dict[str, Any], dtype: str, tensor_parallel: int) -> A
 
     from ..training.schema import OptimConfig, RunConfig
 
-    run: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(state["config"])))
+    layers = OmegaConf.structured(RunConfig), OmegaConf.create(state["config"]), OmegaConf.from_dotlist(ONE_RANK)
+    run: Any = OmegaConf.to_object(OmegaConf.merge(*layers))
     m = run.model
     plain = RunConfig().model
     for name in (
-        "micro_batch_size global_batch_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
-        "context_parallel_size cp_comm_type sequence_parallel overlap_p2p_comm batch_p2p_comm fp8 fp8_hybrid exact "
+        "micro_batch_size global_batch_size cp_comm_type overlap_p2p_comm batch_p2p_comm fp8 fp8_hybrid exact "
         "activations_checkpoint_granularity activations_checkpoint_method activations_checkpoint_num_layers hidden_dropout "
         "calculate_per_token_loss apply_rope_fusion cross_entropy_loss_fusion cross_entropy_fusion_impl loss_chunk_tokens "
         "gradient_accumulation_fusion deterministic_mode qk_timing"
@@ -186,7 +188,6 @@ def scoring_config(state: dict[str, Any], dtype: str, tensor_parallel: int) -> A
     run.trainer = dataclasses.replace(
         run.trainer,
         devices=tensor_parallel,
-        num_nodes=1,
         accelerator="auto",
         precision={"bfloat16": "bf16"}.get(dtype, "32"),
     )

@@ -9,6 +9,11 @@ from ..config import ExactError
 
 SHUTDOWN_SECONDS = 600  # for a checkpoint after a stop signal; torchrun's own default of 30 s would kill it half-way
 
+ONE_RANK = """
+    trainer.devices=1 trainer.num_nodes=1 model.tensor_model_parallel_size=1 model.context_parallel_size=1
+    model.pipeline_model_parallel_size=1 model.virtual_pipeline_model_parallel_size=null model.sequence_parallel=false
+""".split()  # overrides for the settings of a run, whatever its own layout
+
 
 def is_rank() -> bool:
     """Whether torchrun or srun started this process as one rank of several; srun's variables are then given torch's names.
