@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from ..utils import bootstrap
 from ..utils.environment import machine
 
 SEED = 1234
+RESAMPLES = 4000
 _NOT_OPTIONS = ("command", "benchmark", "overrides", "json", "traceback")  # not of the measurement
 _FRACTIONS = ("assume_mfu", "assume_start")
 
@@ -103,9 +105,7 @@ def median_of_pairs(pairs: np.ndarray) -> tuple[float, tuple[float, float]]:
 
 def interval(values: np.ndarray) -> tuple[float, float]:
     """95 % interval of the median, by bootstrap."""
-    drawn = np.random.default_rng(SEED).integers(0, len(values), (4000, len(values)))
-    low, high = np.quantile(np.median(values[drawn], axis=1), [0.025, 0.975])
-    return float(low), float(high)
+    return bootstrap.interval(bootstrap.medians(values, RESAMPLES, np.random.default_rng(SEED)))
 
 
 def print_result(result: dict[str, Any], rows: Sequence[Row]) -> None:

@@ -32,11 +32,12 @@ from ..packing import read_index
 from ..planning.flops import causal_pairs
 from ..planning.memory import memory
 from ..planning.plan import GPU_MEMORY, PEAK_TFLOPS
+from ..utils import bootstrap
 from ..utils.environment import GIB, machine
 from . import harness
 from .arms import Arm, prove_arms
 from .geometry import GEOMETRIES
-from .harness import SEED, Measured, Row, interleaved, interval
+from .harness import RESAMPLES, SEED, Measured, Row, interleaved, interval
 from .one_rank import STEP_FORCED, twin
 from .synthetic import write_corpus
 
@@ -337,11 +338,11 @@ def speed_against(own: dict[str, Any], other: dict[str, Any]) -> tuple[float, tu
 
     def medians(cell: dict[str, Any]) -> np.ndarray:
         values = np.array(cell["arms"]["exact"]["block s"]) / cell["step tokens"]
-        return np.median(values[rng.integers(0, len(values), (4000, len(values)))], axis=1)
+        return bootstrap.medians(values, RESAMPLES, rng)
 
-    low, high = np.quantile(medians(other) / medians(own), [0.025, 0.975])
+    bounds = bootstrap.interval(medians(other) / medians(own))
     speeds = (cell["arms"]["exact"]["tokens/s"] for cell in (own, other))
-    return next(speeds) / next(speeds), (float(low), float(high))
+    return next(speeds) / next(speeds), bounds
 
 
 def rows_of(cells: list[dict[str, Any]]) -> list[Row]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from ..utils.bootstrap import bootstrap, interval
+
 RESAMPLES = 2000
-LEVEL = 95  # per cent
 MIN_UNITS = 10  # below, percentiles of resampled means say little: no interval is given
 
 Cell = tuple[str, int | None]
@@ -96,17 +97,18 @@ def resample(parts: Sequence[Cells], seed: int = 0, resamples: int = RESAMPLES) 
     """
     rng = np.random.default_rng(seed)
     first = parts[0]
-    totals = [np.zeros((2, resamples, len(first.names))) for _ in parts]
+    tables = np.stack([table for part in parts for table in (part.sums, part.counts)])
+    totals = np.zeros((resamples, *tables.shape[::2]))
     for stratum in np.unique(first.strata):
         rows = np.flatnonzero(first.strata == stratum)
         columns = np.flatnonzero(first.counts[rows].any(0))
-        for start in range(0, resamples, 100):
-            stop = min(start + 100, resamples)
-            weights = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), stop - start).astype(float)
-            for part, total in zip(parts, totals):
-                for kind, matrix in enumerate((part.sums, part.counts)):
-                    total[kind, start:stop, columns] += (weights @ matrix[np.ix_(rows, columns)]).T
-    return [_ratio(total[0], total[1]) for total in totals]
+        inside = tables[np.ix_(np.arange(len(tables)), rows, columns)]
+
+        def sums(times: np.ndarray, inside: np.ndarray = inside) -> np.ndarray:
+            return np.swapaxes(times.astype(float) @ inside, 0, 1)
+
+        totals[:, :, columns] += bootstrap(sums, len(rows), resamples, rng)
+    return [_ratio(totals[:, i], totals[:, i + 1]) for i in range(0, len(tables), 2)]
 
 
 def average(cells: Cells, columns: Sequence[int], pooled: bool) -> Callable[[np.ndarray], np.ndarray]:
@@ -127,8 +129,7 @@ def estimate(value: float, resampled: np.ndarray, units: int, least: int | None 
     seen = resampled[~np.isnan(resampled)]
     if min(units, units if least is None else least) < MIN_UNITS or not len(seen):
         return Estimate(float(value), None, None, int(units))
-    low, high = np.percentile(seen, [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
-    return Estimate(float(value), float(low), float(high), int(units))
+    return Estimate(float(value), *interval(seen), int(units))
 
 
 def _ratio(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..reporting.style import COLORS, new_figure, plain_axes, print_parts
+from ..reporting.style import COLORS, markdown_table, new_figure, plain_axes, print_parts
+from ..utils.bootstrap import LEVEL
 from ..utils.files import changed_settings
-from .bootstrap import LEVEL, MIN_UNITS, RESAMPLES, Estimate, average, collect, estimate, resample
-from .report import averages, length_label, markdown_table, metric_of, number
+from .bootstrap import MIN_UNITS, RESAMPLES, Estimate, average, collect, estimate, resample
+from .report import averages, length_label, metric_of, number
 from .store import Metric, read_results
 
 NO_DIFFERENCE = "no difference shown"
@@ -191,7 +192,7 @@ def report(pairs: Sequence[Pair], names: Sequence[str], a: str, b: str) -> str:
         f"A is {one}, {a}. B is {two}, {b}. Differences are B - A on the same items.",
         "",
     ]
-    lines += markdown_table(head, rows)
+    lines.append(markdown_table([head, *rows]))
     lines += [
         "",
         f'In brackets: {LEVEL} % intervals, percentiles of {RESAMPLES} bootstrap resamples of the paired units. "{NO_DIFFERENCE}": the '
@@ -212,7 +213,7 @@ def report(pairs: Sequence[Pair], names: Sequence[str], a: str, b: str) -> str:
             for row in [*pair.rows, *pair.means.values()]
         ]
         lines += ["", f"## {pair.metric.title}", "", f"{pair.metric.name}.", *(f"{note}." for note in pair.notes), ""]
-        lines += markdown_table(head, rows)
+        lines.append(markdown_table([head, *rows]))
     return "\n".join([*lines, "", "![differences](comparison.png)", ""])
 
 

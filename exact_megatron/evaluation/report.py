@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..reporting.style import new_figure, plain_axes, print_parts
-from .bootstrap import LEVEL, RESAMPLES, Cell, Cells, Estimate, average, collect, estimate, resample
+from ..reporting.style import markdown_table, new_figure, plain_axes, print_parts
+from ..utils.bootstrap import LEVEL
+from .bootstrap import RESAMPLES, Cell, Cells, Estimate, average, collect, estimate, resample
 from .store import Metric
 
 SHARE = "right answer preferred"  # the probe's cells that hold shares, beside nats
@@ -106,7 +107,7 @@ def write_suite_report(folder: Path, results: dict[str, Any], quiet: bool = Fals
     lines += [f"{key}: {value}" for key, value in results.get("scores", {}).items()]
     lines += [f"In brackets: {summary['interval']}; none with too few units."]
     text = [f"# {heading}", "", f"Model: {results['model']['path']} ({results['model']['kind']})", ""]
-    text += [*markdown_table(head, rows), "", *(f"* {line}" for line in lines)]
+    text += [markdown_table([head, *rows]), "", *(f"* {line}" for line in lines)]
     text += ["", *(f"* Note: {note}" for note in results["notes"])]
     settings = ", ".join(f"{key} {value}" for key, value in results["settings"].items())
     text += [
@@ -128,11 +129,6 @@ def write_suite_report(folder: Path, results: dict[str, Any], quiet: bool = Fals
         print_parts(table, *lines, *(f"Note: {note}" for note in results["notes"]), f"report: {folder / 'report.md'}")
         if picture:
             print_parts(f"picture: {folder / 'curve.png'}")
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def plot_curves(path: Path, summary: dict[str, Any], metric: Metric) -> bool:

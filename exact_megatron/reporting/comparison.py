@@ -335,7 +335,7 @@ def _markdown(result: Comparison) -> str:
         base_loss=_loss(result.held_out["base"]["validation_loss"]),
         arm_tokens=result.steps["exact"][-1]["tokens"],
         window=result.window,
-        loss_table=markdown_table(losses),
+        loss_table=markdown_table(losses, left=[5]),
         last_steps=last_steps,
         baseline_end=_loss(end["baseline"]),
         exact_end=_loss(end["exact"]),
@@ -345,13 +345,13 @@ def _markdown(result: Comparison) -> str:
         normalization=settings["normalization"],
         tail_share=percent(sum(row["share"] for row in tail)),
         weighted_tail_share=percent(sum(row["weighted_share"] for row in tail)),
-        weight_table=markdown_table(weights),
+        weight_table=markdown_table(weights, left=[5]),
         census=result.weights["census"],
         digest=result.weights["digest"],
         proof=", ".join(f"{name} {value}" for name, value in result.proof.items() if name != "weight table"),
         speed=result.speed(),
         held_out_targets=total["targets"],
-        setup_table=markdown_table(setup, align="left"),
+        setup_table=markdown_table(setup, left=[0, 1]),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 COLORS = {"baseline": "#7d8793", "exact": "#d9541e"}
@@ -72,6 +72,9 @@ def plain_axes(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
-def markdown_table(rows: Sequence[Sequence[str]], align: str = "right") -> str:
-    rule = ["---:" if align == "right" and name else "---" for name in rows[0]]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in (rows[0], rule, *rows[1:]))
+def markdown_table(rows: Iterable[Sequence[Any]], left: Collection[int] = (0,)) -> str:
+    """A table of `rows`, the first of which is its head; columns are aligned to the right, but for those numbered in `left`."""
+    head, *others = rows
+    rule = ["---" if number in left else "---:" for number in range(len(head))]
+    lines = ([str(cell).replace("|", "\\|") for cell in row] for row in (head, rule, *others))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -507,3 +507,9 @@ def test_demo_config_is_valid(compare, monkeypatch):
     assert run.model.data.seq_length == 1024 and run.world_size == 2
     arms = compare.plan("configs/demo.yaml", [], 256, 120)
     assert arms[0].run.tokens_per_step == arms[1].run.tokens_per_step == 4096
+
+
+def test_markdown_table():
+    rows = [["task", "n", ""], ["a|b", 3, "tail"]]
+    assert style.markdown_table(rows) == "| task | n |  |\n| --- | ---: | ---: |\n| a\\|b | 3 | tail |"
+    assert style.markdown_table(rows, left=[0, 2]).splitlines()[1] == "| --- | ---: | --- |"
