@@ -19,6 +19,20 @@ from megatron.core import parallel_state
 from .allocation import WeightTable
 from .config import ExactConfig, ExactError
 
+# Names of the losses in reports and hosts' logs. LM_LOSS is a host's own, unweighted; "lm loss 1024-2047" is that of a bucket.
+LM_LOSS = "lm loss"
+EXACT_LOSS = "exact loss"
+
+
+def bucket_loss(part: str) -> str:
+    """Name of the unweighted loss of a part of the context range (`WeightTable.part_names`)."""
+    return f"{LM_LOSS} {part}"
+
+
+def bucket_of(name: str) -> str | None:
+    """The part whose loss `name` is; None for losses of all targets."""
+    return name.removeprefix(bucket_loss("")) if name.startswith(bucket_loss("")) else None
+
 
 class ExactLoss:
     """Wraps a loss function `loss_func(loss_mask, output_tensor, ...)` of Megatron's form.
@@ -99,6 +113,14 @@ class ExactLoss:
         self.wrapped = True
         return hooked
 
+    @property
+    def names(self) -> list[str]:
+        """Names of what `report` gives, in its order, known on every rank, also where there is no loss; empty without a table."""
+        if self.table is None:
+            return []
+        parts = self.table.part_names if self.config.log_buckets else []
+        return [LM_LOSS, EXACT_LOSS, *map(bucket_loss, parts)]
+
     @torch.no_grad()
     def report(
         self, losses: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor, training: bool = False
@@ -125,17 +147,13 @@ class ExactLoss:
         parts = weights == self._marks[:, None]
         self._watch(table, weights, parts, training)
         count = mask.sum()
-        report = {
-            "lm loss": torch.stack([(losses * mask).sum(), count]),
-            "exact loss": torch.stack([(losses * weights).sum(), count]),
-        }
+        sums = [torch.stack([(losses * mask).sum(), count]), torch.stack([(losses * weights).sum(), count])]
         if self.config.log_buckets and len(table.marks):
             rows = parts.float()
             if len(table.part_names) > len(rows):
                 rows = torch.cat([(mask - rows.sum(0))[None], rows])
-            sums = torch.stack([rows @ losses, rows.sum(1)], dim=1)
-            report.update({f"lm loss {name}": row for name, row in zip(table.part_names, sums)})
-        return report
+            sums += torch.stack([rows @ losses, rows.sum(1)], dim=1).unbind()
+        return dict(zip(self.names, sums, strict=True))
 
     def _watch(self, table: WeightTable, weights: torch.Tensor, parts: torch.Tensor, training: bool) -> None:
         if self._counts is None:
@@ -229,4 +247,4 @@ def gpt_loss(
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses * mask)
     count = mask.sum().clone().detach().to(torch.int)
-    return loss, count, {"lm loss": torch.stack([loss.detach(), count.float()])}
+    return loss, count, {LM_LOSS: torch.stack([loss.detach(), count.float()])}

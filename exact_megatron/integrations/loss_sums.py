@@ -17,16 +17,14 @@ class LossSums:
         self.sums: dict[str, torch.Tensor] = {}
 
     def names(self) -> list[str]:
-        """What ExactLoss.report holds, known on every rank, also on stages that see no loss.
+        """What ExactLoss reports.
 
         Raises:
             ExactError: no weighted data were built.
         """
-        table = self.loss.table
-        if table is None:
+        if self.loss.table is None:
             raise ExactError("training is about to start on data that EXACT did not weight")
-        parts = table.part_names if self.loss.config.log_buckets and len(table.marks) else []
-        return ["exact loss", "lm loss", *(f"lm loss {part}" for part in parts)]
+        return self.loss.names
 
     def add(self, report: dict[str, torch.Tensor]) -> None:
         for name, pair in report.items():

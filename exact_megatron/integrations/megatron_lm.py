@@ -29,15 +29,13 @@ from typing import Any
 from ..allocation import WeightTable
 from ..config import ExactConfig, ExactError, QKTimingConfig
 from ..dataset import ExactDatasetBuilder, members
-from ..loss import ExactLoss
+from ..loss import ExactLoss, bucket_of
 from .checkpoint_guard import check_resumed, refuse_unweighted, table_lines
 from .documents import check_masked, feed_documents, masking_documents
 from .hooks import file_of, replaced, script_global
 from .megatron_lm_arguments import OWN, core_version, plan_masking, refusals
 from .settings import take_settings, take_timing
 from .timing import timed_train_step
-
-BUCKET = "lm loss "  # what ExactLoss names the losses of buckets by
 
 
 def from_command_line(pretrain: Callable[..., Any]) -> Callable[..., Any]:
@@ -287,7 +285,7 @@ def whole_intervals(training_log: Callable[..., Any]) -> Callable[..., Any]:
         nonlocal steps
         call = signature.bind(*args, **kwargs)
         losses, totals, iteration, skipped = (call.arguments[name] for name in names)
-        buckets = {key: value for key, value in losses.items() if key.startswith(BUCKET)}
+        buckets = {key: value for key, value in losses.items() if bucket_of(key)}
         if skipped:  # not summed, and a bucket without targets would be counted as a NaN of the model
             losses, buckets = {key: value for key, value in losses.items() if key not in buckets}, {}
         steps += not skipped

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -23,7 +23,7 @@ from rich.console import Console
 from ..allocation import WeightTable
 from ..config import ExactConfig, ExactError
 from ..dataset import from_rank_0, members
-from ..loss import ExactLoss, gpt_loss
+from ..loss import EXACT_LOSS, LM_LOSS, ExactLoss, bucket_of, gpt_loss
 from ..qk_timing import QKTiming
 from ..utils.tokenizer import UNKNOWN, refuse_other_tokenizer
 from . import checkpoint, determinism
@@ -34,6 +34,17 @@ from .metrics_log import RunLog
 from .model import build_model, build_optimizer
 from .processes import end_forks_with_this_process
 from .schema import RunConfig
+
+
+class MeanLoss(NamedTuple):
+    """A loss in nats a target, None without `targets`."""
+
+    loss: float | None
+    targets: int
+
+    @classmethod
+    def of(cls, total: float, targets: int) -> MeanLoss:
+        return cls(total / targets if targets else None, targets)
 
 
 def runs_on_cpu(run: RunConfig) -> bool:
@@ -204,8 +215,8 @@ class Trainer:
         losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
         return losses, partial(loss_func, batch["loss_mask"])
 
-    def _run_schedule(self, loader: Iterator[Any], loss_func: Any, forward_only: bool) -> dict[str, Any]:
-        """One global batch through megatron.core's schedule; returns the summed report {name: [sum, count]} of all ranks."""
+    def _run_schedule(self, loader: Iterator[Any], loss_func: Any, forward_only: bool) -> dict[str, MeanLoss]:
+        """One global batch through megatron.core's schedule; returns the losses over all ranks, by name."""
         m = self.run.model
         micro_batches = [next(loader) for _ in range(self.run.num_microbatches)]
         iterators: list[Iterator[Any]] = [iter(micro_batches) for _ in self.model]
@@ -221,14 +232,10 @@ class Trainer:
         )
         return self._reduce(reports, loss_func)
 
-    def _reduce(self, reports: list[dict[str, torch.Tensor]], loss_func: Any) -> dict[str, Any]:
-        """Mean of each reported loss and its count, over micro-batches and ranks; also agrees on stopping. One all-reduce."""
-        names = ["lm loss"]
+    def _reduce(self, reports: list[dict[str, torch.Tensor]], loss_func: Any) -> dict[str, MeanLoss]:
+        """Means of the reported losses over micro-batches and ranks; also agrees on stopping. One all-reduce."""
         hook: ExactLoss | None = getattr(loss_func, "exact_loss", None)
-        if hook is not None and hook.table is not None:
-            names += ["exact loss"]
-            if hook.config.log_buckets:
-                names += [f"lm loss {name}" for name in hook.table.part_names]
+        names = (hook.names if hook is not None else []) or [LM_LOSS]
         sums = torch.zeros(2 * len(names) + 1, dtype=torch.float64, device=self.device)
         if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
             parts = [torch.stack([report[name].double() for name in names]) for report in reports]
@@ -237,11 +244,8 @@ class Trainer:
         torch.distributed.all_reduce(sums)
         values = sums.tolist()
         self._stop = values[-1] > 0
-        result: dict[str, Any] = {}
-        for name, total, count in zip(names, values[:-1:2], values[1:-1:2]):
-            result[name] = total / count if count else None
-            result[f"{name} targets"] = int(count)
-        return result
+        pairs = zip(values[:-1:2], values[1:-1:2])
+        return {name: MeanLoss.of(total, int(count)) for name, (total, count) in zip(names, pairs)}
 
     def train_step(self, loader: Iterator[Any]) -> dict[str, Any]:
         """One optimizer step; returns the line for metrics.jsonl.
@@ -260,7 +264,7 @@ class Trainer:
         started = time.perf_counter()
         report = self._run_schedule(loader, self.loss_func, forward_only=False)
         self.loss.check()
-        _refuse_not_finite("loss", report["lm loss"], self.step + 1)
+        _refuse_not_finite("loss", report[LM_LOSS].loss, self.step + 1)
         if self.timing is not None:
             self.timing.before_step(self.step)
         _, grad_norm, _ = self.optimizer.step()
@@ -272,12 +276,12 @@ class Trainer:
         self.step += 1
         line = {
             "step": self.step,
-            "lm_loss": report["lm loss"],
-            "exact_loss": report.get("exact loss", report["lm loss"]),
+            "lm_loss": report[LM_LOSS].loss,
+            "exact_loss": report.get(EXACT_LOSS, report[LM_LOSS]).loss,
             "grad_norm": float(grad_norm) if grad_norm is not None else None,
             "learning_rate": learning_rate,
             "tokens": self.step * self.run.tokens_per_step,
-            "targets": report["lm loss targets"],
+            "targets": report[LM_LOSS].targets,
             "tokens_per_s": self.run.tokens_per_step / seconds,
             "buckets": _buckets(report),
         }
@@ -295,22 +299,18 @@ class Trainer:
         loader = iter(build_loader(self.run, self.valid_data, self.vocabulary, consumed=0))
         for chunk in self.model:
             chunk.eval()
-        total: dict[str, list[float]] = {}
+        total: dict[str, list[Any]] = {}
         for left in reversed(range(self.run.trainer.limit_val_batches)):
             report = self._run_schedule(loader, self.measure_func, forward_only=True)
-            for name in [n for n in report if f"{n} targets" in report]:
-                count = report[f"{name} targets"]
+            for name, mean in report.items():
                 entry = total.setdefault(name, [0.0, 0])
-                entry[0] += report[name] * count if count else 0.0
-                entry[1] += count
+                entry[0] += mean.loss * mean.targets if mean.loss is not None else 0.0
+                entry[1] += mean.targets
             if self._stop and left:
                 return None
         self.measure.check()
-        merged: dict[str, Any] = {}
-        for name, (loss, count) in total.items():
-            merged[name] = loss / count if count else None
-            merged[f"{name} targets"] = count
-        return {"step": self.step, "validation_loss": merged["lm loss"], "buckets": _buckets(merged)}
+        merged = {name: MeanLoss.of(loss, count) for name, (loss, count) in total.items()}
+        return {"step": self.step, "validation_loss": merged[LM_LOSS].loss, "buckets": _buckets(merged)}
 
     def fit(self) -> str:
         """Train to trainer.max_steps, or until a stop signal; returns "finished" or "stopped".
@@ -397,7 +397,6 @@ def _refuse_not_finite(what: str, value: float | None, step: int) -> None:
         )
 
 
-def _buckets(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    prefix = "lm loss "
-    names = [n for n in report if n.startswith(prefix) and f"{n} targets" in report]
-    return {n.removeprefix(prefix): {"loss": report[n], "targets": report[f"{n} targets"]} for n in names}
+def _buckets(report: dict[str, MeanLoss]) -> dict[str, dict[str, Any]]:
+    """As metrics.jsonl and validation.jsonl have it: {"1024-2047": {"loss", "targets"}}."""
+    return {part: mean._asdict() for name, mean in report.items() if (part := bucket_of(name))}

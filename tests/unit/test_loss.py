@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from exact_megatron import ExactConfig, WeightTable
-from exact_megatron.loss import ExactLoss, gpt_loss
+from exact_megatron.loss import ExactLoss, bucket_of, gpt_loss
 
 S = 64
 
@@ -54,6 +54,16 @@ def test_weighted_sum_count_report_and_gradient(table):
     check("lm loss 16-31", supervised & (context >= 16) & (context < 32))
     check("lm loss 32-64", supervised & (context >= 32))
     assert len(report) == 5
+
+
+@pytest.mark.parametrize("log_buckets", [True, False])
+def test_names_are_known_without_a_loss(table, log_buckets):
+    hook = hooked(table, log_buckets=log_buckets)
+    _, _, weights, losses = batch(table)
+    names = hook.exact_loss.names
+    assert names == list(hook(weights, losses)[2])
+    assert [bucket_of(name) for name in names] == [None, None, *(table.part_names if log_buckets else [])]
+    assert ExactLoss(ExactConfig(enabled=True)).names == []
 
 
 def test_log_buckets_off(table):
