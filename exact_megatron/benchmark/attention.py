@@ -1,4 +1,4 @@
-"""`exact-megatron benchmark attention`: what the two ways through context parallelism cost (see attention.py).
+"""`exact-megatron benchmark attention`: what the two ways through context parallelism cost.
 
 * A cost model: bytes that leave a rank, and how evenly the attention work is spread over the ranks for documents as packed.
 * Time and error of the kernel calls that each rank makes, ranks one after another on one device, without communication.

@@ -1,4 +1,4 @@
-"""The cost model counts what attention.py really exchanges and calls, and the emulated ranks compute the same attention."""
+"""The cost model counts what DocumentAttention really exchanges and calls, and the emulated ranks compute the same attention."""
 
 from __future__ import annotations
 
