@@ -16,7 +16,7 @@ export TORCH_COMPILE_DISABLE := 1
 export CUDA_DEVICE_MAX_CONNECTIONS := 1
 export MPLBACKEND := Agg
 
-.PHONY: demo setup test test-mcore-0.19 test-te test-upstream test-bridge test-bridge-0.6 test-nemo test-slurm test-eval walkthrough gpu-dry-run lint clean
+.PHONY: demo setup test test-mcore-0.19 test-te test-upstream test-bridge test-bridge-0.6 test-nemo test-slurm test-eval test-wheel walkthrough gpu-dry-run lint clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -116,6 +116,9 @@ $(VENV_EVAL)/.installed: setup.py constraints.txt
 
 test-eval: $(VENV_EVAL)/.installed  ## every suite of `evaluate` on SmolLM2-135M (a download of 93 MB), minutes
 	$(VENV_EVAL)/bin/python -m pytest -q -m "slow or not slow" --durations=10 tests/unit/evaluation/test_evaluation.py tests/unit/evaluation/test_evaluation_models.py
+
+test-wheel: setup  ## sdist and wheel: what is in them, the wheel in an environment with numpy alone, tests from the sdist
+	$(VENV)/bin/python -m pytest -q -m slow tests/unit/test_wheel.py
 
 gpu-dry-run: setup  ## the scripts of a GPU session with tiny sizes on a CPU, a few minutes
 	$(VENV)/bin/python -m pytest -q -m slow tests/gpu
