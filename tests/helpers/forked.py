@@ -31,7 +31,7 @@ _context.set_forkserver_preload(PRELOADED)
 
 
 class Forked:
-    """`python COMMAND`, where COMMAND is a script or -m exact_megatron, and its arguments; a context manager that leaves nothing running.
+    """`python COMMAND`, where COMMAND is a script or -m MODULE, and its arguments; a context manager that leaves nothing running.
 
     Args:
         command: the words after `python`.
@@ -99,11 +99,10 @@ def _run(command: list[str], files: list[str], env: dict[str, str], cwd: str) ->
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    if command[:2] == ["-m", "exact_megatron"]:
-        from exact_megatron.cli import main
-
-        sys.argv = ["exact-megatron", *command[2:]]
-        sys.exit(main(command[2:]))
-    sys.argv = list(command)
-    sys.path.insert(0, str(Path(command[0]).parent))
-    runpy.run_path(command[0], run_name="__main__")
+    if command[0] == "-m":
+        sys.argv = list(command[1:])
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(command)
+        sys.path.insert(0, str(Path(command[0]).parent))
+        runpy.run_path(command[0], run_name="__main__")
