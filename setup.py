@@ -43,7 +43,17 @@ evaluation = [
 ]
 extras["all"] = sorted({requirement for group in extras.values() for requirement in group})
 # tqdm and pydantic: Megatron-LM's own, for `make test-upstream`.
-extras["dev"] = [*extras["all"], "tqdm", "pydantic", "pytest>=8", "hypothesis", "ruff>=0.6", "mypy>=1.11", "pre-commit"]
+extras["dev"] = [
+    *extras["all"],
+    "tqdm",
+    "pydantic",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis",
+    "ruff>=0.6",
+    "mypy>=1.11",
+    "pre-commit",
+]
 extras["eval"] = evaluation
 
 
