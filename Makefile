@@ -16,7 +16,7 @@ export TORCH_COMPILE_DISABLE := 1
 export CUDA_DEVICE_MAX_CONNECTIONS := 1
 export MPLBACKEND := Agg
 
-.PHONY: demo setup test test-mcore-0.19 test-te test-upstream test-bridge test-bridge-0.6 test-nemo test-slurm test-eval walkthrough gpu-dry-run lint clean
+.PHONY: demo setup test test-mcore-0.19 test-te test-upstream test-bridge test-bridge-0.6 test-nemo test-slurm test-eval test-wheel walkthrough gpu-dry-run lint clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,7 +34,7 @@ demo: setup  ## prepare real text, count exposure, compare baseline and EXACT; r
 	$(VENV)/bin/exact-megatron compare --config configs/demo.yaml --base-seq-length 256 --base-steps 120
 
 test: setup  ## everything that needs neither a GPU, nor root, nor a checkout of another project
-	$(VENV)/bin/python -m pytest -q --durations=10
+	$(VENV)/bin/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --durations=10
 
 $(VENV19)/.installed: setup.py
 	$(PYTHON312) -m venv $(VENV19)
@@ -43,7 +43,7 @@ $(VENV19)/.installed: setup.py
 	touch $@
 
 test-mcore-0.19: $(VENV19)/.installed  ## the same tests on megatron-core 0.19.2, Python 3.12 (4.7 GB: it imports triton)
-	$(VENV19)/bin/python -m pytest -q --durations=10
+	$(VENV19)/bin/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --durations=10
 
 # Transformer Engine's Python on torch's CUDA build, without a GPU or a driver. PyPI has no wheel of its torch extension: pip compiles
 # it, with nvcc of CUDA 13, cuDNN's headers and a C++ compiler, or takes wheels of 2.20.2 for torch 2.11 from the folder TE_WHEELS.
@@ -116,6 +116,9 @@ $(VENV_EVAL)/.installed: setup.py constraints.txt
 
 test-eval: $(VENV_EVAL)/.installed  ## every suite of `evaluate` on SmolLM2-135M (a download of 93 MB), minutes
 	$(VENV_EVAL)/bin/python -m pytest -q -m "slow or not slow" --durations=10 tests/unit/evaluation/test_evaluation.py tests/unit/evaluation/test_evaluation_models.py
+
+test-wheel: setup  ## sdist and wheel: what is in them, the wheel in an environment with numpy alone, tests from the sdist
+	$(VENV)/bin/python -m pytest -q -m slow tests/unit/test_wheel.py
 
 gpu-dry-run: setup  ## the scripts of a GPU session with tiny sizes on a CPU, a few minutes
 	$(VENV)/bin/python -m pytest -q -m slow tests/gpu

@@ -1,7 +1,10 @@
+import ast
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_namespace_packages, find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "exact_megatron" / "__init__.py").read_text()).group(1)
@@ -40,8 +43,38 @@ evaluation = [
 ]
 extras["all"] = sorted({requirement for group in extras.values() for requirement in group})
 # tqdm and pydantic: Megatron-LM's own, for `make test-upstream`.
-extras["dev"] = [*extras["all"], "tqdm", "pydantic", "pytest>=8", "hypothesis", "ruff>=0.6", "mypy>=1.11", "pre-commit"]
+extras["dev"] = [
+    *extras["all"],
+    "tqdm",
+    "pydantic",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis",
+    "ruff>=0.6",
+    "mypy>=1.11",
+    "pre-commit",
+]
 extras["eval"] = evaluation
+
+
+class BuildWithProjectFiles(build_py):
+    """Puts the repository's folders for users into the package, for `exact-megatron files`; commands/files.py has the names."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:  # the command reads them from the checkout
+            return
+        statements = ast.parse((here / "exact_megatron" / "commands" / "files.py").read_text()).body
+        (folders,) = (
+            ast.literal_eval(statement.value)
+            for statement in statements
+            if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "FOLDERS"
+        )
+        target = Path(self.build_lib, "exact_megatron", "project_files")
+        shutil.rmtree(target, ignore_errors=True)  # what an earlier build left
+        for folder in folders:
+            shutil.copytree(here / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
+
 
 setup(
     name="exact-megatron",
@@ -59,6 +92,7 @@ setup(
     ],
     package_dir={"hydra_plugins": "exact_megatron/integrations/hydra_plugins"},
     package_data={"exact_megatron": ["py.typed"], "exact_megatron.reporting": ["comparison.md"]},
+    cmdclass={"build_py": BuildWithProjectFiles},
     install_requires=["numpy>=1.24"],
     extras_require=extras,
     entry_points={"console_scripts": ["exact-megatron = exact_megatron.cli:main"]},

@@ -150,6 +150,12 @@ def _main(given: list[str]) -> int:
     doctor.add_arguments(add)
     add.set_defaults(run=doctor.run)
 
+    add = commands.add_parser("files", help="copy configs, examples, patches and Slurm scripts into a folder of yours")
+    from .commands import files
+
+    files.add_arguments(add)
+    add.set_defaults(run=files.run)
+
     given, traceback = _take_traceback(given)
     if given[:1] == ["launch"]:  # the script's arguments, and its errors, are its own
         from .launch import main as launch
@@ -205,7 +211,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         metavar="FILE",
         action="append",
-        help="YAML, see configs/; given again, the later file wins key by key",
+        help="YAML, see configs/ (`exact-megatron files` copies it out); given again, the later file wins key by key",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.exact.enabled=true")
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import IO, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
@@ -88,30 +89,35 @@ def read_index(prefix: str, whole_documents: bool = True) -> TokenIndex:
 
     bin_size = os.path.getsize(bin_)
     with open(idx, "rb", buffering=0) as stream:
-        lengths = _Entries(stream, np.int32, _HEADER.size, sequences)
-        pointers = _Entries(stream, np.int64, _HEADER.size + sequences * 4, sequences)
-        index = _Entries(stream, np.int64, _HEADER.size + sequences * 12, documents)
+        lengths = _Entries(stream.fileno(), np.int32, _HEADER.size, sequences)
+        pointers = _Entries(stream.fileno(), np.int64, _HEADER.size + sequences * 4, sequences)
+        index = _Entries(stream.fileno(), np.int64, _HEADER.size + sequences * 12, documents)
         check_index(prefix, lengths, pointers, index, dtype, bin_size, whole_documents)
     mapped = np.memmap(idx, dtype=np.int32, mode="r", offset=_HEADER.size, shape=(sequences,))
     return TokenIndex(prefix, mapped, dtype)
 
 
 class _Entries:
-    """An array in a file whose slices are read: for one pass that is faster than a memory map, which faults page by page."""
+    """An array in a file, read slice by slice into one buffer: a memory map would fault page by page and stay resident.
 
-    def __init__(self, stream: IO[bytes], kind: type, offset: int, count: int) -> None:
-        self._stream = stream
-        self._kind = np.dtype(kind)
-        self._offset = offset
-        self._count = count
+    A slice is valid until the next one is taken.
+    """
+
+    def __init__(self, file: int, kind: type, offset: int, count: int) -> None:
+        self._file, self._offset, self._count = file, offset, count
+        self._buffer: np.ndarray = np.empty(0, kind)
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, part: slice) -> np.ndarray:
         start, stop, _ = part.indices(self._count)
-        self._stream.seek(self._offset + start * self._kind.itemsize)
-        return np.fromfile(self._stream, self._kind, stop - start)
+        if len(self._buffer) < stop - start:
+            self._buffer = np.empty(stop - start, self._buffer.dtype)
+        found = self._buffer[: stop - start]
+        if os.preadv(self._file, [found.data.cast("B")], self._offset + start * found.itemsize) != found.nbytes:
+            raise OSError("the .idx became shorter while it was read")
+        return found
 
 
 def check_index(
@@ -122,7 +128,7 @@ def check_index(
     dtype: np.dtype,
     size: int | None,
     whole_documents: bool = True,
-    chunk: int = 1 << 16,
+    chunk: int = 1 << 15,
 ) -> None:
     """Check in one pass that the three arrays of a .idx describe a .bin.
 
@@ -147,67 +153,78 @@ def check_index(
             named, with the values found and expected.
     """
     idx = prefix + ".idx"
-    count = len(lengths)
-    last = len(documents) - 1
-
-    def refuse(array: str, entry: int, found: int, expected: str) -> NoReturn:
+    with ThreadPoolExecutor(1) as pool:  # most of the time is that of copying memory, in which threads run at once
+        later = pool.submit(_check_documents, idx, documents, len(lengths), chunk)
+        total = _check_sequences(idx, lengths, pointers, dtype, chunk)
+        if size is not None and size != total:
+            raise ValueError(
+                f"{prefix}.bin has {size} bytes where {idx} describes {total} ({len(lengths)} sequences, {dtype} tokens): one of the "
+                f"two is truncated or belongs to other data; {_REMEDY}"
+            )
+        if total == 0:
+            raise ValueError(f"{idx} holds {len(lengths)} sequences and no token: there is nothing to train on")
+        several = later.result()
+    if whole_documents and several is not None:
         raise ValueError(
-            f"{idx} is damaged: entry {entry} of its {array}, counted from 0, is {found}, expected {expected}; {_REMEDY}"
+            f"{idx} holds {len(lengths)} sequences in {len(documents) - 1} documents ({several}): Megatron packs and shuffles sequences, "
+            "so that effective contexts and document masks would end inside documents. Prepare the data with one sequence a document, "
+            "as `exact-megatron prepare` and Megatron-LM's preprocess_data.py without --split-sentences write them, or train without "
+            "EXACT and without document masking"
         )
 
-    total = 0  # bytes of the sequences so far
-    for first in range(0, count, chunk):
+
+def _check_sequences(
+    idx: str, lengths: np.ndarray | _Entries, pointers: np.ndarray | _Entries, dtype: np.dtype, chunk: int
+) -> int:
+    """Bytes of all sequences."""
+    total = 0
+    for first in range(0, len(lengths), chunk):
         tokens = lengths[first : first + chunk]
         begin = pointers[first : first + chunk]
         end = np.multiply(tokens, dtype.itemsize, dtype=np.int64)
         end += begin
-        if begin[0] == total and tokens.min() >= 0 and np.array_equal(end[:-1], begin[1:]):
-            total = int(end[-1])
-            continue
-        expected = np.append(total, end[:-1])
-        at = int(np.argmax((tokens < 0) | (begin != expected)))
-        if begin[at] != expected[at]:
-            where = f"{expected[at]}, the bytes of the {dtype} tokens before it"
-            refuse("sequence pointers", first + at, begin[at], where)
-        refuse("sequence lengths", first + at, tokens[at], "0 or more")
-    if size is not None and size != total:
-        raise ValueError(
-            f"{prefix}.bin has {size} bytes where {idx} describes {total} ({count} sequences, {dtype} tokens): one of the "
-            f"two is truncated or belongs to other data; {_REMEDY}"
-        )
-    if total == 0:
-        raise ValueError(f"{idx} holds {count} sequences and no token: there is nothing to train on")
+        if begin[0] != total or tokens.min() < 0 or not np.array_equal(end[:-1], begin[1:]):
+            expected = np.append(total, end[:-1])
+            at = int(np.argmax((tokens < 0) | (begin != expected)))
+            if begin[at] != expected[at]:
+                where = f"{expected[at]}, the bytes of the {dtype} tokens before it"
+                _refuse(idx, "sequence pointers", first + at, begin[at], where)
+            _refuse(idx, "sequence lengths", first + at, tokens[at], "0 or more")
+        total = int(end[-1])
+    return total
 
+
+def _check_documents(idx: str, documents: np.ndarray | _Entries, count: int, chunk: int) -> str | None:
+    """The first document of several of the `count` sequences, in words."""
+    last = len(documents) - 1
     if last < 1:
         raise ValueError(
             f"{idx} is damaged: its document index has {last + 1} entries, expected 0, ..., {count}; {_REMEDY}"
         )
-    several: tuple[int, int, int] | None = None
-    before = 0
+    several, before = None, 0
     for first in range(0, last + 1, chunk):
         begin = documents[first : first + chunk]
         if first == 0 and begin[0] != 0:
-            refuse("document index", 0, begin[0], "0")
+            _refuse(idx, "document index", 0, begin[0], "0")
         if begin[0] != before + (first > 0) or not (begin[1:] - begin[:-1] == 1).all():
             step = np.diff(begin, prepend=before)
             if step.min() < 0:
                 at = int(np.argmax(step < 0))
-                refuse(
-                    "document index", first + at, begin[at], f"{begin[at] - step[at]} or more, as the entry before it"
-                )
+                expected = f"{begin[at] - step[at]} or more, as the entry before it"
+                _refuse(idx, "document index", first + at, begin[at], expected)
             if several is None and step.max() > 1:
                 at = int(np.argmax(step > 1))
-                several = first + at - 1, int(begin[at] - step[at]), int(begin[at]) - 1
+                several = f"document {first + at - 1} is sequences {begin[at] - step[at]} to {begin[at] - 1}"
         before = int(begin[-1])
     if before != count:
-        refuse("document index", last, before, f"{count}, the number of sequences")
-    if whole_documents and several is not None:
-        raise ValueError(
-            f"{idx} holds {count} sequences in {last} documents (document {several[0]} is sequences {several[1]} to {several[2]}): "
-            "Megatron packs and shuffles sequences, so that effective contexts and document masks would end inside documents. Prepare "
-            "the data with one sequence a document, as `exact-megatron prepare` and Megatron-LM's preprocess_data.py without "
-            "--split-sentences write them, or train without EXACT and without document masking"
-        )
+        _refuse(idx, "document index", last, before, f"{count}, the number of sequences")
+    return several
+
+
+def _refuse(idx: str, array: str, entry: int, found: int, expected: str) -> NoReturn:
+    raise ValueError(
+        f"{idx} is damaged: entry {entry} of its {array}, counted from 0, is {found}, expected {expected}; {_REMEDY}"
+    )
 
 
 def sample_pieces(

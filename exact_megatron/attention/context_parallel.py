@@ -1,4 +1,4 @@
-"""Exchanges over the context-parallel group, for attention.py. The batch is Megatron's whole-sequence zigzag.
+"""Exchanges over the context-parallel group, for document_attention.py. The batch is Megatron's whole-sequence zigzag.
 
 What is sent is made contiguous first, gradients above all: empty_like keeps the strides of a permuted tensor, and the
 collective then fills other places than meant without an error.

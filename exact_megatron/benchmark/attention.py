@@ -1,4 +1,4 @@
-"""`exact-megatron benchmark attention`: what the two ways through context parallelism cost (see attention.py).
+"""`exact-megatron benchmark attention`: what the two ways through context parallelism cost.
 
 * A cost model: bytes that leave a rank, and how evenly the attention work is spread over the ranks for documents as packed.
 * Time and error of the kernel calls that each rank makes, ranks one after another on one device, without communication.
@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size: a rank has its share of the heads")
     parser.add_argument("--cp", default="2,4,8", help="context-parallel sizes")
     parser.add_argument("--prefix", help="take the documents' lengths from PREFIX.idx; default: log-normal ones")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds, each on another micro-batch")
     parser.add_argument("--samples", type=int, default=256, help="micro-batches that the work is averaged over")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds, each on another micro-batch")
     parser.add_argument("--kernel", default="auto", help="auto, te, varlen or sdpa")
     parser.add_argument("--only", choices=PARTS, help="one part; default: both")
 

@@ -54,7 +54,7 @@ class Emulation:
     """Ranks one after another on one device: forward and backward of their kernel calls, nothing else.
 
     Args:
-        kernel: of attention.py, or "auto".
+        kernel: of attention/kernels.py, or "auto".
 
     Raises:
         ValueError: there is no such kernel.

@@ -51,7 +51,7 @@ COMPARED = {  # own arm, reference arm
 WARMUP_BLOCKS = 2  # uncounted, of each arm
 PAIRS = 8  # counted blocks of each arm, at least
 TRIALS = (1, 2)  # layers, with --trial-layers
-SPARE = 0.85  # of the device's memory may be filled by the estimate of memory.py, which knows no workspaces and no fragments
+SPARE = 0.85  # of the device's memory may be filled by the estimate of planning/memory.py, which knows no workspaces and no fragments
 # Of the options, what a job needs.
 OPTIONS = "prefix step_tokens micro_tokens blocks block_steps cell_seconds profile overrides".split()
 
@@ -64,7 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precisions",
         help=f"comma-separated: {', '.join(PRECISIONS)} (the last three are FP8); default: bf16, fp32 on a CPU",
     )
-    add("--layers", type=int, help="default: the geometry's, or as many as fit into the GPU's memory by memory.py")
+    add(
+        "--layers",
+        type=int,
+        help="default: the geometry's, or as many as fit into the GPU's memory by planning/memory.py",
+    )
     add("--trial-layers", action="store_true", help="measure one and two layers of a window to find how many fit")
     add("--gpu-memory", type=float, metavar="GIB", help=f"default: this GPU's; with --plan {GPU_MEMORY:g}, an H100's")
     add("--prefix", help="take the documents' lengths from PREFIX.idx; default: log-normal ones")
@@ -161,7 +165,7 @@ def documents_of(args: argparse.Namespace) -> str:
 
 def fixed_layers(cells: Sequence[Cell], args: argparse.Namespace, gpu_memory: float | None) -> int:
     """Layers for cells of one geometry and window, alike in all precisions: the geometry's, or as many as fit into `gpu_memory` GiB by
-    the estimate of memory.py; at least one."""
+    the estimate of planning/memory.py; at least one."""
     from ..training.config import load_config
 
     geometry = GEOMETRIES[cells[0].geometry]

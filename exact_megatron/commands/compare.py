@@ -89,7 +89,7 @@ def compare(config_path: ConfigPath, overrides: list[str], base_seq_length: int,
 
     Raises:
         FileNotFoundError, ValueError: see plan; also where a folder holds a run with other settings.
-        ExactError: the arms would not differ as they must (arms.py), before anything is trained; or a run failed or was
+        ExactError: the arms would not differ as they must (benchmark/arms.py), before anything is trained; or a run failed or was
             stopped from outside, names it and its exit code.
     """
     if is_rank():

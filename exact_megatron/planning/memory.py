@@ -2,7 +2,7 @@
 
 What is counted, in bytes, with e = 2 for trainer.precision=bf16 and 4 for 32:
 
-* weights: e a parameter. gradients: 4, the runner sums them in fp32 (model.py: grad_reduce_in_fp32). optimizer: Adam's two
+* weights: e a parameter. gradients: 4, the runner sums them in fp32 (training/model.py: grad_reduce_in_fp32). optimizer: Adam's two
   fp32 moments, and in bf16 an fp32 copy of the weights; a distributed optimizer shares these among the data- and
   context-parallel ranks. As megatron/training/theoretical_memory_usage.py (Megatron-LM core_v0.19.0): 6 + 12 / d bytes a
   parameter in bf16, 18 without sharing; that script takes d without context parallelism.

@@ -45,7 +45,7 @@ class Comparison:
         steps: lines of metrics.jsonl of each run, in order.
         held_out: last line of validation.jsonl of each run.
         weights: exact/weights.json: census, digest, buckets.
-        proof: arms.json, what arms.py found on the arms' first batch before they were trained.
+        proof: arms.json, what benchmark/arms.py found on the arms' first batch before they were trained.
         facts: comparison.json: command, date, versions, hardware, number of parameters; empty without it.
     """
 
@@ -156,7 +156,7 @@ def check_trained(run: str | os.PathLike[str], proof: Mapping[str, Any] | None) 
 
     Args:
         run: its folder, with metrics.jsonl.
-        proof: what arms.py found for a weighted arm; None for the baseline.
+        proof: what benchmark/arms.py found for a weighted arm; None for the baseline.
 
     Raises:
         ValueError: the weighted arm's loss was never weighted, or by another table than the proof's; the baseline's was.

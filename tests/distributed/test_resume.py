@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
 import pytest
 import torch
 
+from tests.helpers.forked import Forked, run
 from tests.helpers.ranks import launch
 from tests.helpers.tiny import config_file, write_data
 
@@ -22,7 +20,7 @@ STEPS = 8
 
 def command(config, run_dir, *overrides):
     return [
-        *(sys.executable, "-m", "exact_megatron", "train", "--config", str(config)),
+        *("-m", "exact_megatron", "train", "--config", str(config)),
         f"exp_manager.exp_dir={run_dir}",
         f"trainer.max_steps={STEPS}",
         "exp_manager.checkpoint_callback_params.every_n_train_steps=1",
@@ -31,7 +29,7 @@ def command(config, run_dir, *overrides):
 
 
 def train(config, run_dir, *overrides, timeout=120):
-    done = subprocess.run(command(config, run_dir, *overrides), capture_output=True, text=True, timeout=timeout)
+    done = run(command(config, run_dir, *overrides), timeout)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 
@@ -79,6 +77,7 @@ def end_tree(process):
     """Kill what is left of a launch; torchrun's ranks are in sessions of their own."""
     for started in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
         started.kill()
+    process.end()
 
 
 def wait_for(condition, process, seconds=60):
@@ -94,11 +93,11 @@ def test_stop_signal_saves_and_resume_is_bitwise(straight, number):
     folder, config, *_ = straight
     run_dir = folder / f"stopped_{number.name}"
     overrides = ["exp_manager.checkpoint_callback_params.every_n_train_steps=0"]
-    process = subprocess.Popen(command(config, run_dir, *overrides), stderr=subprocess.PIPE, text=True)
-    log = run_dir / "metrics.jsonl"
-    wait_for(lambda: log.is_file() and log.read_text().count("\n") >= 2, process)
-    process.send_signal(number)
-    _, output = process.communicate(timeout=60)
+    with Forked(command(config, run_dir, *overrides)) as process:
+        log = run_dir / "metrics.jsonl"
+        wait_for(lambda: log.is_file() and log.read_text().count("\n") >= 2, process)
+        process.send_signal(number)
+        _, output = process.communicate(timeout=60)
     assert process.returncode == 0, output
     stopped = len(metrics(run_dir))
     assert stopped < STEPS and f"stopped by a signal after step {stopped}" in output
@@ -114,10 +113,9 @@ def test_kill_between_and_during_checkpoints(straight):
     checkpoints = run_dir / "checkpoints"
 
     def kill_when(condition):
-        process = subprocess.Popen(command(config, run_dir), stderr=subprocess.DEVNULL, start_new_session=True)
-        wait_for(condition, process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with Forked(command(config, run_dir)) as process:
+            wait_for(condition, process)
+            process.end()
 
     kill_when(lambda: (checkpoints / "step_00000002.partial").exists())
     assert [p.name for p in sorted(checkpoints.glob("step_*")) if p.suffix != ".partial"] == ["step_00000001"]
@@ -139,9 +137,7 @@ def test_distributed_ranks_stop_together(straight):
         "model.data.num_workers=2",  # torchrun signals the loader's processes too
         "exp_manager.checkpoint_callback_params.every_n_train_steps=0",
     ]
-    process = subprocess.Popen(
-        command(config, run_dir, *overrides), stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = Forked(command(config, run_dir, *overrides))
     try:
         log = run_dir / "metrics.jsonl"
         wait_for(lambda: log.is_file() and log.read_text().count("\n") >= 1, process, 90)
@@ -171,7 +167,7 @@ def test_distributed_ranks_stop_together(straight):
 )
 def test_resume_with_other_settings_is_refused(straight, override, message, monkeypatch):
     folder, config, *_ = straight
-    done = subprocess.run(command(config, folder / "straight", override), capture_output=True, text=True, timeout=120)
+    done = run(command(config, folder / "straight", override))
     assert done.returncode == 2
     import re
 
@@ -191,7 +187,7 @@ def test_changed_weights_can_be_accepted(straight):
 def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(straight):
     folder, config, *_ = straight
     run_dir = folder / "diverged"
-    done = subprocess.run(command(config, run_dir, "model.optim.lr=1e30"), capture_output=True, text=True, timeout=120)
+    done = run(command(config, run_dir, "model.optim.lr=1e30"))
     assert done.returncode == 2 and "of step 2 is nan: the run ends here" in done.stderr, done.stderr[-2000:]
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step_00000001"]
 
@@ -247,12 +243,12 @@ def test_one_writer_a_folder_and_no_orphans_after_kill(straight):
     folder, config, *_ = straight
     run_dir = folder / "two_writers"
     overrides = ["model.data.num_workers=2", "trainer.max_steps=1000"]
-    process = subprocess.Popen(command(config, run_dir, *overrides), stderr=subprocess.DEVNULL)
+    process = Forked(command(config, run_dir, *overrides))
     try:
         wait_for(lambda: (run_dir / "checkpoints" / "step_00000002").exists(), process)
         written = {path: path.read_bytes() for path in (run_dir / "config.yaml", run_dir / "weights.json")}
         for others in (["model.seed=5"], ["trainer.devices=2"]):
-            done = subprocess.run(command(config, run_dir, *others), capture_output=True, text=True, timeout=60)
+            done = run(command(config, run_dir, *others))
             assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
             assert f"{run_dir} is in use" in done.stderr and f"pid {process.pid}," in done.stderr
             assert "exp_manager.exp_dir=" in done.stderr
@@ -260,13 +256,13 @@ def test_one_writer_a_folder_and_no_orphans_after_kill(straight):
         assert process.poll() is None
         started = children(process)
         assert len(started) >= 3, "two workers, the checkpoint's queue, perhaps writers"
-        process.kill()
+        process.send_signal(signal.SIGKILL)
         _, left = psutil.wait_procs(started, timeout=5)
         assert not left
     finally:
         end_tree(process)
     assert (run_dir / "run.lock").is_file()
-    done = subprocess.run(command(config, run_dir, "model.seed=5"), capture_output=True, text=True, timeout=60)
+    done = run(command(config, run_dir, "model.seed=5"))
     assert done.returncode == 2 and "model.seed: checkpoint 1234, now 5" in done.stderr, (
         "not locked out, but for its seed"
     )

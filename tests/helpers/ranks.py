@@ -6,8 +6,9 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
+
+from .forked import Forked
 
 HERE = Path(__file__).parents[1]
 
@@ -29,33 +30,22 @@ def end(processes: list[subprocess.Popen]) -> None:
 
 def launch(script: str, arguments: list[str], world: int, timeout: float = 240) -> None:
     """Run tests/SCRIPT ARGUMENTS as `world` ranks; AssertionError with the output of the rank that failed."""
-    port = str(free_port())
-    ranks = []
-    for rank in range(world):
-        env = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-            "TORCH_COMPILE_DISABLE": "1",
-            "PYTHONWARNINGS": "ignore",
-        }
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, str(HERE / script), *arguments],
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        )
+    meeting = {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    ranks: list[Forked] = []
     try:
-        outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
+        for rank in range(world):
+            env = {**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(Forked([str(HERE / script), *arguments], env=env))
+        outputs = ["".join(rank.communicate(timeout)) for rank in ranks]
+        codes = [rank.returncode for rank in ranks]
     finally:
-        end(ranks)
-    for number, (rank, output) in enumerate(zip(ranks, outputs)):
-        assert rank.returncode == 0, f"rank {number} of {world} ended with {rank.returncode}:\n{output[-6000:]}"
+        for rank in ranks:
+            rank.end()
+    for number, (code, output) in enumerate(zip(codes, outputs)):
+        assert code == 0, f"rank {number} of {world} ended with {code}:\n{output[-6000:]}"

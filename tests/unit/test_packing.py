@@ -72,7 +72,7 @@ def damaged(rng, index, count):
 def test_a_damaged_index_is_refused_or_counts_as_the_sound_one(tmp_path, dtype, monkeypatch):
     monkeypatch.setattr(check_index, "__defaults__", (True, 7))  # entries at once: faults at the ends of a chunk too
     refused = 0
-    for seed in range(150):
+    for seed in range(100):
         rng = np.random.default_rng(seed)
         lengths = rng.integers(0 if seed % 3 else 1, 60, int(rng.integers(3, 30))).astype(np.int32)
         lengths[0] = 40
@@ -87,7 +87,7 @@ def test_a_damaged_index_is_refused_or_counts_as_the_sound_one(tmp_path, dtype, 
             continue
         np.testing.assert_array_equal(found.lengths, lengths)
         np.testing.assert_array_equal(ExposureCensus.from_document_lengths(found.lengths, 16).counts, right.counts)
-    assert refused > 100
+    assert refused > 60
 
 
 @pytest.mark.parametrize(

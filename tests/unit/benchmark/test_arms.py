@@ -1,8 +1,6 @@
 """Arms that do not differ are refused before anything is timed or trained, by every benchmark and paired training."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 
 from exact_megatron.benchmark import arms
 from exact_megatron.config import ExactError
+from tests.helpers.forked import run
 
 WINDOW = 64
 
@@ -130,7 +129,7 @@ def test_command_writes_the_proof_or_ends_with_2(arm_of, tmp_path, capsys):
 
 def test_every_benchmark_refuses_arms_that_do_not_differ():
     script = Path(__file__).parents[2] / "distributed" / "run_vacuous.py"
-    done = subprocess.run([sys.executable, "-W", "ignore", script], capture_output=True, text=True, timeout=200)
+    done = run([str(script)], timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
     getitem, step, twins, timing, throughput = json.loads(done.stdout.splitlines()[-1])
     for said in (getitem, step, throughput):

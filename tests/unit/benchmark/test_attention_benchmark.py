@@ -1,4 +1,4 @@
-"""The cost model counts what attention.py really exchanges and calls, and the emulated ranks compute the same attention."""
+"""The cost model counts what DocumentAttention really exchanges and calls, and the emulated ranks compute the same attention."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_command(tmp_path, capsys):
     result, printed = json.loads(where.read_text()), capsys.readouterr().out
     assert [row["name"] for row in result["rows"]][:2] == ["cp 2 ulysses: sent", "cp 2 ulysses: work"]
     assert "cp 4 gather: work" in printed and "passed" not in printed, "a model has no bar"
-    options = "--seq-length 128 --batch 1 --heads 4 --kv-heads 2 --head-dim 8 --tp 1 --cp 2,4 --repeats 2 --samples 6"
+    options = "--seq-length 128 --batch 1 --heads 4 --kv-heads 2 --head-dim 8 --tp 1 --cp 2,4 --samples 6 --repeats 2"
     assert result["command"] == f"exact-megatron benchmark attention {options} --kernel auto --only cost"
     assert main(["benchmark", "attention", "--batch", "0"]) == 2
     assert "--batch 0 must be at least 1" in capsys.readouterr().err

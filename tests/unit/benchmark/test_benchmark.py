@@ -1,12 +1,11 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from exact_megatron.benchmark import harness, one_rank, synthetic
 from exact_megatron.cli import main
+from tests.helpers.forked import run
 
 
 @pytest.fixture
@@ -59,8 +58,8 @@ def test_step(tmp_path):
     more = "data.seq_length=128 tensor_model_parallel_size=2 optim.sched.name=WSD"
     overrides = ["trainer.accelerator=cpu", *(f"model.{setting}" for setting in (model + " " + more).split())]
     where = tmp_path / "result.json"
-    command = [sys.executable, "-m", "exact_megatron", "benchmark", "step", "--steps", "4", "--json", where]
-    done = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=120)
+    command = ["-m", "exact_megatron", "benchmark", "step", "--steps", "4", "--json", str(where)]
+    done = run([*command, *overrides])
     assert where.exists(), done.stderr
     result = json.loads(where.read_text())
     check(result, done.stdout, ["training step"])
@@ -79,8 +78,8 @@ def test_qk_timing(tmp_path):
     model = "num_layers=2 hidden_size=32 ffn_hidden_size=32 micro_batch_size=1 global_batch_size=1 data.seq_length=64"
     overrides = ["trainer.accelerator=cpu", *(f"model.{setting}" for setting in model.split())]
     where = tmp_path / "result.json"
-    command = [sys.executable, "-m", "exact_megatron", "benchmark", "qk-timing", "--steps", "3", "--json", where]
-    done = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=120)
+    command = ["-m", "exact_megatron", "benchmark", "qk-timing", "--steps", "3", "--json", str(where)]
+    done = run([*command, *overrides])
     assert done.returncode == 0, done.stderr
     result = json.loads(where.read_text())
     during, after, memory = result["rows"]

@@ -207,7 +207,7 @@ def arguments(*given):
 
 
 def test_layers_are_chosen_without_a_trial():
-    """By memory.py: alike in all precisions, the geometry's at most, fewer in longer windows and with less memory."""
+    """By planning/memory.py: alike in all precisions, the geometry's at most, fewer in longer windows and with less memory."""
     args = arguments("--geometry", "llama-3-8b,llama-3.2-1b")
 
     def cells(name, window, *kinds):

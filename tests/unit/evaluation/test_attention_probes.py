@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 
 from exact_megatron.evaluation import attention_probes
 from exact_megatron.evaluation.attention_probes import MEASURES, Probe, attention_sharpness
+from tests.helpers.forked import run
 from tests.helpers.tiny import config_file, write_data
 
 
@@ -71,16 +70,11 @@ def test_a_run_from_end_to_end(tmp_path):
     keep = ["every_n_train_steps=1", "save_top_k=-1"]
     keep = [f"exp_manager.checkpoint_callback_params.{setting}" for setting in keep]
     train = ["train", "--config", str(config), *steps, *keep]
-    done = subprocess.run([sys.executable, "-m", "exact_megatron", *train], capture_output=True, text=True, timeout=300)
+    done = run(["-m", "exact_megatron", *train])
     assert done.returncode == 0, done.stderr[-3000:]
     out = [tmp_path / "probes.json", tmp_path / "probes.png"]
     probe = [str(tmp_path / "run"), "--batches", "1", "--json", str(out[0]), "--plot", str(out[1])]
-    done = subprocess.run(
-        [sys.executable, "-m", "exact_megatron.evaluation.attention_probes", *probe],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run(["-m", "exact_megatron.evaluation.attention_probes", *probe])
     assert done.returncode == 0, done.stderr[-3000:]
     (result,) = json.loads(out[0].read_text())
     assert result["steps"] == [1, 2] and result["slowed"] == [2] and len(result["rate"]) == 2
