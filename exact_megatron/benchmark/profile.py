@@ -162,6 +162,16 @@ def loss_end(trainer: Any) -> dict[str, Any]:
         losses = losses_of(hidden, weight, labels)
         return torch.autograd.grad((losses.float() * target_weights).sum(), [hidden, weight])
 
+    def unfused() -> tuple[Any, ...]:
+        """The run's own gradients; a fused weight gradient goes to DDP's sums, and autograd gets a placeholder."""
+        layer = model.output_layer
+        fused = getattr(layer, "gradient_accumulation_fusion", False)
+        layer.gradient_accumulation_fusion = False
+        try:
+            return gradients(own)
+        finally:
+            layer.gradient_accumulation_fusion = fused
+
     def measured(losses_of: Callable[..., Any]) -> dict[str, float]:
         before = 0
         if cuda:
@@ -178,7 +188,7 @@ def loss_end(trainer: Any) -> dict[str, Any]:
     for name, (package, losses_of) in FUSED_LOSS_ENDS.items():
         if importlib.util.find_spec(package) is None:
             continue
-        pairs = zip(gradients(losses_of), gradients(own))
+        pairs = zip(gradients(losses_of), unfused())
         error = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
         found["others"][name] = {**measured(losses_of), "error": error}
     return found

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
@@ -244,9 +245,31 @@ def save(
 
 
 def _read(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The stored values of `sharded`.
+
+    Raises:
+        ExactError: the checkpoint lacks some of them or has them in other shapes, which removing it would not mend; or its files
+            cannot be read.
+    """
+    stored, wanted = stored_entries(path), [v for v in nested_values(sharded) if isinstance(v, ShardedTensor)]
     try:
         return dist_checkpointing.load(sharded, str(path))
     except CheckpointException as error:
+        if missing := sorted({tensor.key for tensor in wanted} - stored.keys()):
+            raise ExactError(
+                f"the checkpoint {path} lacks {len(missing)} tensors of this model: {', '.join(missing[:4])}"
+                f"{', ...' if len(missing) > 4 else ''}. Give the model the settings that the checkpoint was saved with"
+            ) from error
+        shapes = {
+            t.key: (tuple(stored[t.key].size), tuple(t.global_shape))
+            for t in wanted
+            if not t.allow_shape_mismatch and hasattr(stored[t.key], "size")
+        }
+        if other := [f"{key} is {a} there, {b} here" for key, (a, b) in sorted(shapes.items()) if a != b]:
+            raise ExactError(
+                f"the checkpoint {path} has tensors of other shapes: {'; '.join(other[:4])}. Give the model the settings that the "
+                "checkpoint was saved with"
+            ) from error
         causes = {" ".join(str(cause).split()) or repr(cause) for cause, _ in error.failures.values()}
         raise ExactError(
             f"the checkpoint {path} cannot be read: {'; '.join(sorted(causes)) or 'see the first rank'}. If it is damaged (an older "
@@ -258,6 +281,9 @@ def load(path: Path, model: list[Any], optimizer: Any, scheduler: Any) -> dict[s
     """Load weights, optimizer and schedule; returns the `state` that was saved.
 
     With or without Transformer Engine, as `load_weights`.
+
+    Raises:
+        ExactError: as `load_weights`, also for a tensor of the optimizer.
     """
     sharded = _stored_state(path, model)
     names = list(sharded)
@@ -307,7 +333,7 @@ def _set_weights(path: Path, model: list[Any], states: list[dict[str, Any]]) -> 
     for chunk, state in zip(model, states, strict=True):
         missing, unknown = chunk.module.load_state_dict(state, strict=False)
         if weights := [key for key in (*missing, *unknown) if "_extra_state" not in key]:
-            raise KeyError(f"{path} and the model do not have the same weights: {', '.join(weights[:4])}")
+            raise ExactError(f"{path} and the model do not have the same weights: {', '.join(weights[:4])}")
 
 
 def load_weights(path: Path, model: list[Any]) -> None:
@@ -317,7 +343,7 @@ def load_weights(path: Path, model: list[Any]) -> None:
     not saved stay as they are.
 
     Raises:
-        KeyError: the checkpoint lacks a weight.
+        ExactError: the checkpoint lacks a weight, has it in another shape, or cannot be read.
     """
     sharded = _stored_state(path, model)
     names = list(sharded)

@@ -6,6 +6,7 @@ this needs no torch.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 TRANSFORMER_ENGINE = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
 NCCL_ALGO = ("Ring", "CollnetDirect", "CollnetChain", "^NVLS")  # Megatron-LM 0.19's; a list of them is fine
 CUDNN = 92500  # from here on cuDNN's deterministic backward on Hopper needs no quadratic memory
+FLASH_ATTN = "2.4.1"  # the first with a deterministic backward
+# Documents x heads x longest query x longest key: from here on Transformer Engine gives a deterministic backward of packed documents on
+# Hopper to no cuDNN of any version (attention/dot_product_attention/utils.py, SM90_DET_FUSED_THD_BWD_MAX_BHSS).
+FUSED_LIMIT = 1 << 30
 
 
 def missing_environment(environment: Mapping[str, str], *, transformer_engine: bool, ranks: int) -> list[str]:
@@ -54,6 +59,25 @@ def attention_workspace(run: RunConfig) -> int:
     Heads and tokens are those of one call of DocumentAttention: with Ulysses a share of the heads sees whole samples, with a
     gather half of a context-parallel rank's queries see their documents, here one as long as the window.
     """
+    heads, queries, keys = _call(run)
+    return 32 * heads * _graph_tokens(queries) * _graph_tokens(keys) * 2
+
+
+def attention_size(run: RunConfig) -> int:
+    """Documents x heads x longest query x longest key, the most that one call of DocumentAttention can have; see FUSED_LIMIT.
+
+    With document masking one document is as long as the others leave room, and the others have a token each: many short documents
+    beside a long one count far more than one that fills the window.
+    """
+    heads, queries, keys = _call(run)
+    m = run.model
+    s, batch = m.data.seq_length, max(1, queries // m.data.seq_length)
+    counts = range(batch, queries + 1) if m.data.document_masking else [batch]
+    return heads * max(n * min(s, queries - n + 1) * min(s, keys - n + 1) for n in counts)
+
+
+def _call(run: RunConfig) -> tuple[int, int, int]:
+    """Heads, query and key tokens of one call of DocumentAttention."""
     m = run.model
     tp = m.tensor_model_parallel_size
     cp = m.context_parallel_size
@@ -65,7 +89,19 @@ def attention_workspace(run: RunConfig) -> int:
         keys = s
     elif cp > 1:
         heads //= cp
-    return 32 * heads * _graph_tokens(queries) * _graph_tokens(keys) * 2
+    return heads, queries, keys
+
+
+def _flash_attention() -> bool:
+    """Whether Transformer Engine may give a deterministic backward to flash-attn."""
+    from packaging.version import Version  # megatron.core needs it; planning, which imports this module, does not
+
+    if "0" in (os.environ.get("NVTE_FLASH_ATTN"), os.environ.get("NVTE_FLASH_ATTN_V2")):
+        return False
+    try:
+        return Version(importlib.metadata.version("flash-attn")) >= Version(FLASH_ATTN)
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _graph_tokens(tokens: int) -> int:
@@ -91,18 +127,33 @@ def check(run: RunConfig) -> None:
             "when they start, so set them where the command is started, on every node"
         )
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    flash = os.environ.get("NVTE_FUSED_ATTN") == "0"
+    if not te or not hopper:
+        return
+    fused, size = os.environ.get("NVTE_FUSED_ATTN") != "0", attention_size(run)
+    m = run.model
+    tokens = f"model.data.seq_length={m.data.seq_length} x model.micro_batch_size={m.micro_batch_size}"
+    if not _flash_attention() and (not fused or size >= FUSED_LIMIT):
+        why = (
+            f"on Hopper Transformer Engine gives its deterministic backward to no cuDNN from documents x heads x longest query x longest "
+            f"key = {FUSED_LIMIT:,} on, and {tokens} can reach {size:,}"
+            if fused
+            else "NVTE_FUSED_ATTN=0 forbids cuDNN's attention"
+        )
+        raise ValueError(
+            f"model.deterministic_mode=true: {why}; without flash-attn the scores of all documents, padded to the longest, would be "
+            f"stored. Install flash-attn >= {FLASH_ATTN} (and leave NVTE_FLASH_ATTN, NVTE_FLASH_ATTN_V2 at 1), or set "
+            "model.deterministic_mode=false"
+        )
     cudnn = torch.backends.cudnn.version() or 0
-    if not te or not hopper or flash or cudnn >= CUDNN:
+    if not fused or cudnn >= CUDNN:
         return
     needed = attention_workspace(run)
     there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     if needed > there:
         raise ValueError(
             f"model.deterministic_mode=true: cuDNN {cudnn} takes {needed / GIB:,.1f} GiB for the deterministic backward of attention "
-            f"over model.data.seq_length={run.model.data.seq_length} x model.micro_batch_size={run.model.micro_batch_size} on Hopper, "
-            f"the device has {there / GIB:,.1f} GiB. Use cuDNN 9.25 or later, or flash-attn >= 2.4.1 with NVTE_FUSED_ATTN=0, more "
-            "tensor- or context-parallel ranks, or model.deterministic_mode=false"
+            f"over {tokens} on Hopper, the device has {there / GIB:,.1f} GiB. Use cuDNN 9.25 or later, or flash-attn >= {FLASH_ATTN} "
+            "with NVTE_FUSED_ATTN=0, more tensor- or context-parallel ranks, or model.deterministic_mode=false"
         )
 
 

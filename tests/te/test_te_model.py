@@ -8,8 +8,8 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from torch.distributed.checkpoint.api import CheckpointException
 
+from exact_megatron.config import ExactError
 from exact_megatron.training import checkpoint
 from exact_megatron.training.config import load_config
 from exact_megatron.training.model import build_chunks, build_model, build_optimizer
@@ -123,12 +123,30 @@ def test_checkpoint_between_layers(parallel_state, tmp_path, saved, loaded, resu
         assert torch.equal(found[name], parameter) and not torch.equal(before[name], parameter), name
 
 
-def test_resume_names_missing_weights(parallel_state, tmp_path):
-    """Extra states may be missing, weights may not."""
-    first, second = (build(tmp_path, 0, f"model.qkv_bias={on}") for on in ("false", "true"))
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("model.qkv_bias=true", r"lacks 1 tensors of this model: decoder.layers.self_attention.linear_qkv.bias\."),
+        ("model.ffn_hidden_size=512", r"linear_fc2.weight is \(2, 128, 256\) there, \(2, 128, 512\) here"),
+    ],
+)
+@pytest.mark.parametrize("resume", [False, True], ids=["weights", "resume"])
+def test_a_whole_checkpoint_of_another_model(parallel_state, tmp_path, resume, settings, message):
+    """Extra states may be missing, weights may not; the error names them, and does not advise to remove the checkpoint."""
+    first, second = (build(tmp_path, 0, *more) for more in ([], [settings]))
     path = checkpoint.save(tmp_path, 1, [first], Nothing(), Nothing(), {}, -1)
-    with pytest.raises(CheckpointException, match="linear_qkv.bias"):
-        checkpoint.load(path, [second], Nothing(), Nothing())
+    with pytest.raises(ExactError, match=message) as error:
+        checkpoint.load(path, [second], Nothing(), Nothing()) if resume else checkpoint.load_weights(path, [second])
+    assert "remove" not in str(error.value) and "damaged" not in str(error.value)
+
+
+def test_a_damaged_checkpoint_without_checksums(parallel_state, tmp_path):
+    first = build(tmp_path, 0)
+    path = checkpoint.save(tmp_path, 1, [first], Nothing(), Nothing(), {}, -1)
+    for file in path.glob("*.distcp"):
+        file.write_bytes(b"")
+    with pytest.raises(ExactError, match="cannot be read: .*If it is damaged .*remove it"):
+        checkpoint.load_weights(path, [first])
 
 
 @pytest.mark.parametrize("name", ["adam", "mcore_distributed_optim"])

@@ -131,6 +131,17 @@ def test_other_loss_ends_are_measured_where_they_are_installed(monkeypatch):
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.t().flatten(), reduction="none")
             return losses.view(logits.shape[:2]).t()
 
+    class Fused(torch.autograd.Function):
+        """As megatron.core's linear layer with a fused weight gradient: autograd gets a placeholder."""
+
+        @staticmethod
+        def forward(ctx, weight):
+            return weight.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return torch.zeros_like(gradient)
+
     run = load_config(
         None,
         [
@@ -159,5 +170,13 @@ def test_other_loss_ends_are_measured_where_they_are_installed(monkeypatch):
     found = loss_end(trainer)["others"]
     assert found["liger"]["error"] < 1e-5 and found["cut-cross-entropy"]["error"] > 0.1
     assert all(values["s"] > 0 and values["GiB"] == 0 for values in found.values())
+
+    layer = model[0].module.output_layer
+    layer.gradient_accumulation_fusion = True
+    layer.forward = lambda x, weight: (
+        x @ (Fused.apply(weight) if layer.gradient_accumulation_fusion else weight).T,
+        None,
+    )
+    assert loss_end(trainer)["others"]["liger"]["error"] < 1e-5 and layer.gradient_accumulation_fusion
     run.model.tensor_model_parallel_size = 2
     assert loss_end(trainer)["others"] == {}

@@ -11,6 +11,7 @@ from exact_megatron.training import determinism
 from exact_megatron.training.config import load_config
 from exact_megatron.training.fp8 import misaligned, slow
 from exact_megatron.training.model import (
+    build_model,
     fuse_gradient_accumulation,
     fuses_gradient_accumulation,
     transformer_config,
@@ -105,7 +106,7 @@ def test_variables_of_deterministic_mode(environment, te, ranks, missing):
 
 
 def test_deterministic_mode_names_what_it_needs(cuda, monkeypatch):
-    with_packages(monkeypatch, transformer_engine="2.20.2")
+    with_packages(monkeypatch, transformer_engine="2.20.2", flash_attn="2.8.3")
     run = run_config(*DETERMINISTIC)
     with pytest.raises(ValueError, match=r"NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 \(not set\)"):
         determinism.require(run)
@@ -125,7 +126,7 @@ def test_memory_of_deterministic_attention(cuda, monkeypatch):
     """Both numbers of a device that is too small, and what makes it fit."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    with_packages(monkeypatch, transformer_engine="2.20.2")
+    with_packages(monkeypatch, transformer_engine="2.20.2", flash_attn="2.8.3")
     large = run_config(*DETERMINISTIC, *WIDE, "model.data.seq_length=8192")
     with pytest.raises(ValueError, match=r"cuDNN 91900 takes 128\.0 GiB .*seq_length=8192 .* the device has 79\.3 GiB"):
         determinism.check(large)
@@ -141,6 +142,75 @@ def test_memory_of_deterministic_attention(cuda, monkeypatch):
             determinism.check(large)
     with_packages(monkeypatch, transformer_engine=None)
     determinism.check(large)
+
+
+SHORT = [*DETERMINISTIC, "model.data.seq_length=256"]
+LONG = [*DETERMINISTIC, *WIDE, "model.data.seq_length=8192"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "flash_attn", "environment", "message"),
+    [
+        (LONG, "2.8.3", {}, None),
+        (
+            LONG,
+            None,
+            {},
+            r"cuDNN from .* = 1,073,741,824 on, and model.data.seq_length=8192 x .* Install flash-attn >= 2\.4\.1",
+        ),
+        (LONG, "2.3.6", {}, "flash-attn"),
+        (LONG, "2.8.3", {"NVTE_FLASH_ATTN": "0"}, "flash-attn"),
+        (LONG, "2.8.3", {"NVTE_FLASH_ATTN_V2": "0"}, "flash-attn"),
+        (LONG, "2.8.3", {"NVTE_FUSED_ATTN": "0"}, None),
+        (LONG, None, {"NVTE_FUSED_ATTN": "0"}, "NVTE_FUSED_ATTN=0 forbids cuDNN's attention; .* Install flash-attn"),
+        (SHORT, None, {}, None),
+        (SHORT, None, {"NVTE_FUSED_ATTN": "0"}, "NVTE_FUSED_ATTN=0"),
+        # One document of 4,096 tokens would do, five with a longest of 3,000 not.
+        ([*LONG, "model.data.seq_length=4096"], None, {}, "flash-attn"),
+        ([*LONG, "model.data.seq_length=4096", "model.data.document_masking=false"], None, {}, None),
+    ],
+)
+def test_deterministic_attention_of_long_documents_is_flash_attns(
+    cuda, monkeypatch, settings, flash_attn, environment, message
+):
+    """Of any cuDNN: Transformer Engine does not take it there."""
+    monkeypatch.setattr("torch.backends.cudnn.version", lambda: 92500)
+    for name, value in {**ENVIRONMENT, **environment}.items():
+        monkeypatch.setenv(name, value)
+    with_packages(monkeypatch, transformer_engine="2.20.2", flash_attn=flash_attn)
+    run = run_config(*settings)
+    if message is None:
+        determinism.check(run)
+    else:
+        with pytest.raises(ValueError, match=message):
+            determinism.check(run)
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        (["model.data.document_masking=false", "model.data.seq_length=1024"], 32 * 1024**2),
+        (["model.data.document_masking=false", "model.data.seq_length=1024", "model.micro_batch_size=2"], 32 * 2 * 1024**2),
+        (["model.data.seq_length=1024"], 32 * 342 * 683**2),
+        (["model.data.seq_length=8192", "trainer.devices=4", "model.context_parallel_size=4",
+          "model.cp_comm_type=all_gather"], 32 * max(n * (1025 - n) * (8193 - n) for n in range(1, 1025))),
+    ],
+)  # fmt: skip
+def test_size_of_deterministic_attention(settings, size):
+    assert determinism.attention_size(run_config(*WIDE, *settings)) == size
+
+
+def test_deterministic_mode_is_required_before_ranks_meet(cuda, monkeypatch):
+    from exact_megatron.training import trainer
+
+    def start(*_, **__):
+        raise AssertionError("the process group is joined first")
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("torch.distributed.init_process_group", start)
+    with pytest.raises(ValueError, match="CUBLAS_WORKSPACE_CONFIG=:4096:8"):
+        trainer.init_distributed(run_config(*DETERMINISTIC))
 
 
 @pytest.mark.parametrize(
@@ -178,6 +248,8 @@ def test_plan_says_what_deterministic_attention_takes():
         return "\n".join(notes(run_config(*WIDE, *settings, "model.data.seq_length=4096")))
 
     assert "before 9.25 takes another 32.0 GiB" in notes_of(*DETERMINISTIC)
+    assert "needs flash-attn >= 2.4.1" in notes_of(*DETERMINISTIC)
+    assert "flash-attn" not in notes_of(*DETERMINISTIC, "model.data.document_masking=false")
     assert "deterministic" not in notes_of("trainer.precision=bf16")
 
 
@@ -354,6 +426,19 @@ def test_the_flag_lands_on_linears(monkeypatch, apex):
     assert fuse_gradient_accumulation(model) == (["te", "core"] if apex else ["te"])
     assert model["te"].fuse_wgrad_accumulation and model["core"].gradient_accumulation_fusion == bool(apex)
     assert not hasattr(model["norm"], "fuse_wgrad_accumulation")
+
+
+@pytest.mark.parametrize("fuses", [False, True])
+def test_models_are_built_with_the_flag(monkeypatch, fuses):
+    from exact_megatron.training import model as module
+
+    layer = torch.nn.Module()
+    layer.fuse_wgrad_accumulation, layer.post_process, layer.config = False, True, None
+    monkeypatch.setattr(module, "build_chunks", lambda *_: [layer])
+    monkeypatch.setattr(module, "DistributedDataParallel", lambda config, ddp, chunk, **_: chunk)
+    monkeypatch.setattr(module, "fuses_gradient_accumulation", lambda run: fuses)
+    assert build_model(run_config(), 1000, torch.device("cpu")) == [layer]
+    assert layer.fuse_wgrad_accumulation == fuses
 
 
 def test_a_cpu_takes_no_cuda_kernels_of_installed_packages(monkeypatch):
