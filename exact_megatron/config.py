@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -176,12 +177,14 @@ def split_overrides(arguments: Iterable[str], prefix: str = PREFIX) -> tuple[lis
 def parse_scalar(text: str) -> Any:
     """Read a YAML scalar as far as this schema needs it: true, false, null, numbers (1e-8 too), else the text itself.
 
-    Empty text stays empty text, which no setting takes: null means none.
+    Empty text stays empty text, which no setting takes: null means none. So does 010, which is 8 in YAML 1.1 and 10 elsewhere.
     """
     words = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None, "~": None}
     text = text.strip()
     if text in words:
         return words[text]
+    if re.fullmatch(r"[-+]?0[0-9_]+", text):
+        return text
     for kind in (int, float):
         try:
             return kind(text)
@@ -204,9 +207,21 @@ def as_mapping(key: str, block: Any) -> dict[str, Any]:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """Message for a key nobody knows, with the nearest known one."""
+    """Message for a key nobody knows, with a known one: of this name in another block, of a near name in its own or anywhere; or all
+    of its own block."""
     known = list(known)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    section = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]] or known
-    hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(section))}"
+    block = key.rpartition(".")[0]
+    while block and not any(k.startswith(block + ".") for k in known):
+        block = block.rpartition(".")[0]
+    prefix = f"{block}." if block else ""
+    own = sorted({k[len(prefix) :].partition(".")[0] for k in known if k.startswith(prefix)})
+    by_name: dict[str, list[str]] = {}
+    for k in known:
+        by_name.setdefault(k.rpartition(".")[2], []).append(k)
+    name, misspelt = key.rpartition(".")[2], key[len(prefix) :].partition(".")[0]
+    near = by_name.get(name, [])
+    near = near or [prefix + k for k in difflib.get_close_matches(misspelt, own, n=1, cutoff=0.6)]
+    near = near or [k for close in difflib.get_close_matches(name, by_name, n=1, cutoff=0.75) for k in by_name[close]]
+    nearest = difflib.get_close_matches(key, near, n=1, cutoff=0)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(prefix + k for k in own)}"
     return f"unknown key {key}: {hint}"

@@ -189,6 +189,14 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
         self.census: ExposureCensus | None = None
         self.table: WeightTable | None = None
 
+    @property
+    def digests(self) -> dict[str, str | None]:
+        """{"census": ..., "weights": ...}: what they are recognised by in a checkpoint; None when disabled."""
+        return {
+            "census": self.census.digest if self.census else None,
+            "weights": self.table.digest if self.table else None,
+        }
+
     def build(self) -> list[Any]:
         """Build the splits (see BlendedMegatronDatasetBuilder.build), and weight them when enabled. Call on every rank.
 

@@ -32,12 +32,14 @@ class Range:
         read: takes a value and returns it in the setting's own type; raises TypeError or ValueError where it is not in range.
         none: None is a value too.
         text: the values are text. Text for any other setting is read as a number, true, false or null first.
+        required: None only stands for "not given yet"; checks.py refuses it.
     """
 
     words: str
     read: Callable[[Any], Any]
     none: bool
     text: bool
+    required: bool = False
 
     def accept(self, key: str, value: Any) -> Any:
         """The value in the setting's own type.
@@ -47,7 +49,7 @@ class Range:
         """
         if value is None and self.none:
             return None
-        words = f"{self.words}{', or null for none' if self.none else ''}"
+        words = f"{self.words}{', or null for none' if self.none and not self.required else ''}"
         if isinstance(value, str) and not value.strip():
             raise ValueError(f"{key} is empty, not {words}")
         try:
@@ -58,7 +60,13 @@ class Range:
     def _hint(self, value: Any) -> str:
         if isinstance(value, (int, float)) and LARGEST_FLOAT < abs(value) < math.inf:
             return f" (float32 holds {LARGEST_FLOAT:.3g} at most)"
-        return ", written in digits" if not self.text and re.fullmatch(r"\d+\s*[kKmMgG]", str(value)) else ""
+        if self.text or not isinstance(value, str):
+            return ""
+        if re.fullmatch(r"\d+\s*[kKmMgG]", value):
+            return ", written in digits"
+        if re.fullmatch(r"[-+]?(0[\dxob][\da-fA-F_]*|\d+(:\d+)+)", value):  # YAML 1.1 has 010 and 1:30 for 8 and 90
+            return ", written in decimal digits that do not begin with 0"
+        return ""
 
 
 def shown(value: Any) -> str:
@@ -99,9 +107,9 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     return field.default_factory() if callable(field.default_factory) else field.default
 
 
-def setting(default: Any, words: str, read: Callable[[Any], Any], text: bool = False) -> Any:
+def setting(default: Any, words: str, read: Callable[[Any], Any], text: bool = False, required: bool = False) -> Any:
     """A field of a kind of its own; see Range for `words` and `read`."""
-    metadata = {"range": Range(words, read, default is None, text)}
+    metadata = {"range": Range(words, read, default is None, text, required)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -20,7 +20,10 @@ def run_census(args: argparse.Namespace) -> int:
     from ..exposure import ExposureCensus
     from ..packing import read_index
     from ..reporting.census import census_json, plot_census, print_census
+    from ..reporting.style import picture_name
 
+    if args.plot:
+        picture_name(args.plot)  # before the count, which may be long
     names = ("alpha", "gamma", "tau", "eps", "normalization", "max_weight")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     config = ExactConfig(**given).validated(args.seq_length)

@@ -241,18 +241,18 @@ def native_run(config: list[str] | None, overrides: list[str], build: bool = Fal
     plan = _plan(run)
 
     def start() -> None:
-        from ..training.checkpoint import checkpoints, find_checkpoint
+        from ..training.start import find_start
 
-        folder = run.exp_manager.exp_dir
-        found = checkpoints(folder)
-        if found and not run.exp_manager.resume_if_exists:
-            raise ValueError(
-                f"{folder} holds checkpoints, and exp_manager.resume_if_exists=false: choose another folder"
-            )
-        if found:
-            plan["start"] = f"resumes from {found[-1]}"
-        elif run.restore_from_path is not None:
-            plan["start"] = f"from the weights of {find_checkpoint(run.restore_from_path)}"
+        found = find_start(run, vocabularies[0] if vocabularies else None, digests)
+        plan["start"] = str(found)
+        if found.remarks:
+            plan["to know"] = "; ".join(found.remarks)
+
+    def writable() -> None:
+        from ..training.run_lock import only_writer
+
+        with only_writer(run.exp_manager.exp_dir):  # as the run does; what it makes, it removes
+            pass
 
     vocabularies: list[Any] = []
 
@@ -269,6 +269,7 @@ def native_run(config: list[str] | None, overrides: list[str], build: bool = Fal
         loss = ExactLoss(run.model.exact)
         loss.wrap(gpt_loss)
         datasets, builder = build_datasets(run, vocabularies[0], loss)
+        digests.update(builder.digests)
         sizes = [len(dataset) if dataset is not None else 0 for dataset in datasets[:2]]
         plan["samples"] = f"{sizes[0]:,} for training, {sizes[1]:,} for validation"
         table = builder.table
@@ -284,14 +285,15 @@ def native_run(config: list[str] | None, overrides: list[str], build: bool = Fal
         check_lengths(run)
 
     counted: dict[str, Any] = {}
+    digests: dict[str, str | None] = {}
     unusable = _problems(vocabulary) or _problems(lengths)
-    refused = unusable + _problems(start)
+    refused = unusable + (_problems(stream) if build and not unusable else [])
+    refused += _problems(start) + _problems(writable)
     if run.trainer.num_nodes == 1:
         refused += _problems(on_this_machine)
     else:
         plan["devices"] = f"not looked at: those of {run.trainer.num_nodes} nodes cannot be seen from here"
     if build:
-        refused += _problems(stream) if not unusable else []
         found = {"enabled": run.model.exact.enabled, "documents": masking, "window": data.seq_length}
         return {**found, **counted, "plan": plan, "refused": refused}
     return _effect(run.model.exact, data.seq_length, prefixes, masking, data.eod_mask_loss, refused)

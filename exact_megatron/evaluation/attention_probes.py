@@ -222,6 +222,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("the probes are one rank: start them without torchrun or srun")
     if args.batches < 1:
         raise ValueError(f"--batches {args.batches} must be at least 1")
+    if args.plot:
+        from ..reporting.style import picture_name
+
+        picture_name(args.plot)  # before the probes, which take minutes
     be_single_rank()
     results = [probe_run(run_dir, args.batches, args.set) for run_dir in args.runs]
     torch.distributed.destroy_process_group()

@@ -22,7 +22,7 @@ from ..config import (
     unknown_key,
 )
 from ..ranges import range_of
-from ..utils.settings_file import json_object, yaml_text
+from ..utils.settings_file import json_object, yaml_values
 
 FLAG = "--exact-"
 ENVIRONMENT = "EXACT_"
@@ -142,14 +142,8 @@ def _load(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"--exact-config {path}: there is no such file")
     if path.suffix == ".json":
         return json_object(path)
-    import yaml
-
-    text = yaml_text(path)
-    try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
+    data = yaml_values(path)
+    if not data:
         raise ValueError(
             f"{path} holds no settings: expected a mapping with model.exact, exact, or the settings themselves"
         )

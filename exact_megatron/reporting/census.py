@@ -23,6 +23,7 @@ from .style import (
     bucket_table,
     new_figure,
     percent,
+    picture_name,
     plain_axes,
     print_parts,
 )
@@ -107,10 +108,10 @@ def plot_census(census: ExposureCensus, table: WeightTable, path: str | os.PathL
         path: ends in .png, .svg or .pdf.
 
     Raises:
-        ValueError: matplotlib cannot write this kind of file.
+        ValueError: it does not.
     """
     assert table.config.tau is not None
-    draw_census(table.rows(), table.config.tau, path)
+    draw_census(table.rows(), table.config.tau, picture_name(path))
 
 
 def draw_census(rows: Sequence[Row], tau: int, path: str | os.PathLike[str]) -> None:

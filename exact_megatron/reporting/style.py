@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ COLORS = {"baseline": "#7d8793", "exact": "#d9541e"}
 TAIL_SHADE, TAIL_LINE = "#fbeee6", "#6b4027"
 
 Row = Mapping[str, Any]
+
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def bucket_label(low: int, high: int) -> str:
@@ -56,6 +59,18 @@ def tail_mark(row: Row, tau: int) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+def picture_name(path: str | os.PathLike[str]) -> str:
+    """The path, if its ending says what kind of picture to write; matplotlib adds an ending of its own to a name without one.
+
+    Raises:
+        ValueError: it does not end in .png, .svg or .pdf.
+    """
+    name = os.fspath(path)
+    if os.path.splitext(name)[1].lower() not in PICTURES:
+        raise ValueError(f"the picture {name!r} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
+    return name
 
 
 def new_figure(width: float, height: float, title: str) -> Any:

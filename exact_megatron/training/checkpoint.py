@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -365,8 +366,11 @@ _MEANING = (
 )
 
 
-def refuse_other_model(state: dict[str, Any], run: RunConfig, vocab_size: int) -> list[str]:
+def refuse_other_model(state: dict[str, Any], run: RunConfig, vocab_size: int | None) -> list[str]:
     """Compare the model of a checkpoint to the one that is to start from its weights.
+
+    Args:
+        vocab_size: of the run, without padding; None: not known, and not compared.
 
     Returns:
         Settings of positions (RoPE) that are another now, for the user to read.
@@ -380,8 +384,9 @@ def refuse_other_model(state: dict[str, Any], run: RunConfig, vocab_size: int) -
     for settings in (before, now):
         settings["num_query_groups"] = settings["num_query_groups"] or settings["num_attention_heads"]
         settings["kv_channels"] = settings["kv_channels"] or settings["hidden_size"] // settings["num_attention_heads"]
-    before["override_vocab_size"] = state.get("vocab_size", vocab_size)
-    now["override_vocab_size"] = vocab_size
+    if vocab_size is not None:
+        before["override_vocab_size"] = state.get("vocab_size", vocab_size)
+        now["override_vocab_size"] = vocab_size
     changed = {f"model.{key}": (before[key], now[key]) for key in now if before[key] != now[key]}
     if changed:
         raise ValueError(f"restore_from_path={run.restore_from_path} holds another model ({_listed(changed)})")
@@ -402,14 +407,17 @@ _FREE = re.compile(
 )
 
 
-def refuse_changed_run(state: dict[str, Any], now: dict[str, Any], run: RunConfig) -> None:
+def refuse_changed_run(state: dict[str, Any], run: RunConfig, digests: Mapping[str, str | None]) -> None:
     """Compare what a checkpoint was trained with to what the run would go on with.
+
+    Args:
+        digests: {"census": ..., "weights": ...} of the run, see `describe`; what is not in it is not compared.
 
     Raises:
         ValueError: other data, seed, window, batch size or model; or other EXACT settings or another census, unless
             model.exact.allow_changed_weights.
     """
-    before, after = (flatten(OmegaConf.to_container(OmegaConf.create(s["config"]))) for s in (state, now))
+    before, after = (flatten(OmegaConf.to_container(OmegaConf.create(c))) for c in (state["config"], run.to_yaml()))
     changed = {k: (before.get(k), v) for k, v in after.items() if before.get(k) != v and not _FREE.match(k)}
     if changed:
         raise ValueError(
@@ -418,11 +426,11 @@ def refuse_changed_run(state: dict[str, Any], now: dict[str, Any], run: RunConfi
         )
     changed = {
         key: (state["exact"].get(key), value)
-        for key, value in now["exact"].items()
+        for key, value in run.model.exact.to_dict().items()
         if key not in ("log_buckets", "allow_changed_weights", "allow_unmasked_documents")
         and state["exact"].get(key) != value
     }
-    changed.update({key: (state[key], now[key]) for key in ("census", "weights") if state[key] != now[key]})
+    changed.update({key: (state[key], value) for key, value in digests.items() if state[key] != value})
     if changed and not run.model.exact.allow_changed_weights:
         steps = (before["trainer.max_steps"], after["trainer.max_steps"])
         longer = (

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Union
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from ..config import parse_scalar, unknown_key
 from ..ranges import block_of, range_of, settings, shown
-from ..utils.settings_file import yaml_text
+from ..utils.settings_file import yaml_value, yaml_values
 from .checks import check
-from .schema import ModelConfig, OptimConfig, RopeScalingConfig, RunConfig  # noqa: F401, other modules take them from here
+from .schema import ModelConfig, OptimConfig, RopeScalingConfig, RunConfig, has_weights  # noqa: F401, other modules take them from here
 
 ConfigPath = Union[str, Path, Sequence[Union[str, Path]], None]  # noqa: UP007, read by Python 3.10 too
 
@@ -61,16 +59,12 @@ def config_paths(path: ConfigPath) -> list[str]:
 
 
 def _read_file(path: str) -> dict[str, Any]:
-    text = yaml_text(path)
-    try:
-        given = _plain(OmegaConf.create(text))
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as settings: {' '.join(str(error).split())}") from error
+    given = yaml_values(path)
     try:
         _refuse_unknown(given)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return given
+        return _plain(given)  # type: ignore[no-any-return]
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def _override(given: dict[str, Any], override: str) -> None:
@@ -100,28 +94,37 @@ def _value(key: str, text: str) -> Any:
     """
     if not text.strip():
         raise ValueError(f"{key}= has no value: is a variable of the shell unset? Write {key}=null for none")
+    value = yaml_value(text, f"{key}={text if len(text) <= 80 else text[:77] + '...'}")
     try:
-        value = _plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise ValueError(f"{key}={text} is not YAML: {' '.join(str(error).split())}") from error
+        value = _plain({"value": value})["value"]
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise ValueError(f"{key}={shown(text)}: {' '.join(str(error).split())}") from error
     if value is None and text.strip() not in ("null", "Null", "NULL", "~"):
         raise ValueError(f"{key}={text} has no value: write {key}=null for none")
     return value
 
 
-def _plain(config: Any) -> Any:
-    return OmegaConf.to_container(config, resolve=False)
+def _plain(values: Any) -> Any:
+    """The values, if OmegaConf takes them: plain ones, and ${...} that it can parse."""
+    return OmegaConf.to_container(OmegaConf.create(values), resolve=False)
 
 
 def _refuse_unknown(given: dict[Any, Any], prefix: str = "") -> None:
     for name, value in given.items():
         key = f"{prefix}{name}"
+        if "." in str(name):
+            raise ValueError(f"{key} has dots in a file or in braces: write it as blocks, {_as_blocks(key)}")
         if key in BLOCKS:
             if not isinstance(value, dict):
                 raise ValueError(f"{key}={shown(value)} is not a block of keys and values")
             _refuse_unknown(value, key + ".")
         elif key not in KEYS:
             raise ValueError(unknown_key(key, KEYS))
+
+
+def _as_blocks(key: str) -> str:
+    *blocks, name = key.split(".")
+    return "".join(f"{block}: {{" for block in blocks) + f"{name}: ..." + "}" * len(blocks)
 
 
 def _merge(base: Any, over: Any) -> Any:
@@ -157,13 +160,12 @@ def parse_blend(entries: Any) -> tuple[list[str], list[float] | None]:
     Raises:
         ValueError: a weight that is not above 0.
     """
-    entries = [str(e) for e in (entries if isinstance(entries, list) else [entries])]
-    number = re.compile(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?$")
-    if len(entries) > 1 and len(entries) % 2 == 0 and all(number.match(e) for e in entries[::2]):
+    entries = entries if isinstance(entries, list) else [entries]
+    if has_weights(entries):
         weights = [float(e) for e in entries[::2]]
         if min(weights) <= 0:
             raise ValueError(
                 f"model.data.data_prefix gives {entries[1::2]} the weights {weights}: each must be above 0"
             )
-        return entries[1::2], weights
-    return entries, None
+        return [str(e) for e in entries[1::2]], weights
+    return [str(e) for e in entries], None

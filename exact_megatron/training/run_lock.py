@@ -23,7 +23,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextmanager
 def only_writer(folder: str | Path, remedy: str = "exp_manager.exp_dir=ANOTHER") -> Iterator[None]:
-    """Hold the lock of `folder`, which is made if it is not there; one process a run, its first rank.
+    """Hold the lock of `folder`, which is made if it is not there, and removed if it is empty then; one process a run, its first rank.
 
     A POSIX record lock on `folder`/run.lock: no child process inherits it, and NFS and Lustre (`flock` mount option) know it. Where
     the holder is gone but not forgotten yet (killed just now, or the same Slurm job before it was requeued), it is waited for.
@@ -33,7 +33,7 @@ def only_writer(folder: str | Path, remedy: str = "exp_manager.exp_dir=ANOTHER")
         OSError: the folder cannot be written to.
     """
     folder = Path(folder)
-    made = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
     descriptor = _acquire(path, remedy)
@@ -42,9 +42,9 @@ def only_writer(folder: str | Path, remedy: str = "exp_manager.exp_dir=ANOTHER")
     finally:
         path.unlink(missing_ok=True)  # while it is held, see _acquire
         os.close(descriptor)
-        if made:
-            with suppress(OSError):  # not empty: something was written
-                folder.rmdir()
+        with suppress(OSError):  # not empty: something was written
+            for path in made:
+                path.rmdir()
 
 
 def _acquire(path: Path, remedy: str) -> int:

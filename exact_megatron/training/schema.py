@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from omegaconf import OmegaConf
 
-from ..config import ExactConfig, QKTimingConfig
+from ..config import ExactConfig, QKTimingConfig, parse_scalar
 from ..ranges import LARGEST_FLOAT, LONGEST_WINDOW, SMALLEST_EPS, choice, number, setting, switch, text, whole
 
 # Optional[...] instead of `| None`: omegaconf reads these annotations on Python 3.10 too.
@@ -35,7 +36,18 @@ def _prefixes(value: Any) -> Any:
     return _blend(value)
 
 
+def has_weights(entries: list[Any]) -> bool:
+    """Whether the entries are [weight, prefix, weight, prefix, ...]; as in Megatron-LM, every other one is then a number."""
+    pairs = len(entries) > 1 and len(entries) % 2 == 0
+    return pairs and all(_WEIGHT.fullmatch(str(entry)) for entry in entries[::2])
+
+
 def _blend(value: Any) -> Any:
+    if isinstance(value, list) and has_weights(value):
+        weights = [parse_scalar(entry) if isinstance(entry, str) else entry for entry in value[::2]]
+        if any(isinstance(weight, str) for weight in weights):  # 010
+            raise ValueError
+        value = [entry for pair in zip(weights, value[1::2]) for entry in pair]
     for entry in value if isinstance(value, list) else [value]:
         if isinstance(entry, (int, float)) and not isinstance(entry, bool):
             sound = 0 <= entry <= LARGEST_FLOAT
@@ -47,7 +59,9 @@ def _blend(value: Any) -> Any:
 
 
 _PREFIXES = "a prefix, [prefix, ...] or [weight, prefix, ...], or these by split, {train: ..., validation: ...}"
-_SHARES = r"\s*[0-9.]+(\s*[,/]\s*[0-9.]+){0,2}\s*"
+_SHARE = r"\s*([0-9]{1,18}(\.[0-9]*)?|\.[0-9]+)\s*"
+_SHARES = rf"{_SHARE}([,/]{_SHARE}){{0,2}}"
+_WEIGHT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 @dataclass
@@ -81,7 +95,7 @@ class ExpManagerConfig:
 @dataclass
 class DataConfig:
     # [prefix], [weight, prefix, weight, prefix, ...], or {train: [...], validation: [...], test: [...]}
-    data_prefix: Any = setting(None, _PREFIXES, _prefixes, text=True)
+    data_prefix: Any = setting(None, _PREFIXES, _prefixes, text=True, required=True)
     # used when data_prefix is one blend for all splits
     splits_string: str = text("99,1,0", "up to three shares, for example 99,1,0", _SHARES)
     index_mapping_dir: Optional[str] = text(None)  # Megatron's index caches and the census; null: beside the data

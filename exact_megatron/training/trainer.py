@@ -25,15 +25,15 @@ from ..config import ExactConfig, ExactError
 from ..dataset import from_rank_0, members
 from ..loss import EXACT_LOSS, LM_LOSS, ExactLoss, bucket_of, gpt_loss
 from ..qk_timing import QKTiming
-from ..utils.tokenizer import UNKNOWN, refuse_other_tokenizer
 from . import checkpoint, determinism
 from .data import STOP_SIGNALS, build_datasets, build_loader, get_batch
-from .data_files import ACCEPT_TOKENIZER, read_vocabulary
+from .data_files import read_vocabulary
 from .memory_record import record_memory
 from .metrics_log import RunLog
 from .model import build_model, build_optimizer
 from .processes import end_forks_with_this_process
 from .schema import RunConfig
+from .start import find_start
 
 
 class MeanLoss(NamedTuple):
@@ -113,6 +113,7 @@ class Trainer:
     """One run. Build it on every rank, then call `fit`.
 
     Attributes:
+        start: what it begins with.
         step: optimizer steps done.
         model, optimizer, scheduler: megatron.core's.
         builder: the dataset builder, with the census and the weight table.
@@ -126,9 +127,6 @@ class Trainer:
         self.console = Console(stderr=True, quiet=not (self.is_first and progress))
         self.run_dir = Path(run.exp_manager.exp_dir)
         self.vocabulary = from_rank_0(lambda: read_vocabulary(run))
-        # The data's; where that is unknown, what the checkpoint says that the run begins with.
-        self.tokenizer = next((i for i in self.vocabulary.tokenizers.values() if i.digest), UNKNOWN)
-
         self.loss = ExactLoss(run.model.exact)
         self.loss_func = self.loss.wrap(gpt_loss) if run.model.exact.enabled else gpt_loss
         (self.train_data, self.valid_data, _), self.builder = build_datasets(run, self.vocabulary, self.loss)
@@ -141,12 +139,15 @@ class Trainer:
             for member in members([self.valid_data]):
                 member.attach(table, self.measure)
 
+        self.start = find_start(run, self.vocabulary, self.builder.digests)
+        self.step = self.start.step
+        for remark in self.start.remarks:
+            self.console.print(remark, highlight=False, soft_wrap=True)
         self.model = build_model(run, self.vocabulary.vocab_size, self.device)
         self.optimizer, self.scheduler = build_optimizer(run, self.model)
-        self.step = 0
+        self._load()
         self._signalled = False  # this rank got a stop signal
         self._stop = False  # all ranks know that one of them did
-        self._restore()
         self.timing: QKTiming | None = None
         if run.model.qk_timing.enabled:
             self.timing = QKTiming(run.model.qk_timing, self.model, self.optimizer, run.trainer.max_steps)
@@ -157,52 +158,21 @@ class Trainer:
         return self.builder.table
 
     def state(self) -> dict[str, Any]:
-        census = self.builder.census
-        digests = (census.digest if census else None, self.table.digest if self.table else None)
-        return checkpoint.describe(self.run, self.step, self.vocabulary.vocab_size, *digests, self.tokenizer)
+        digests, tokenizer = self.builder.digests, self.start.tokenizer
+        return checkpoint.describe(self.run, self.step, self.vocabulary.vocab_size, **digests, tokenizer=tokenizer)
 
-    def _compare_tokenizers(self, path: Path | None = None) -> None:
-        """Compare the data's tokenizers with that of the checkpoint that the run begins with."""
-        known = dict(self.vocabulary.tokenizers)
-        if path is not None:
-            known = {str(path): checkpoint.tokenizer_of(checkpoint.read_state(path)), **known}
-            self.tokenizer = self.tokenizer if self.tokenizer.digest else known[str(path)]
-        remarks = refuse_other_tokenizer(known, ACCEPT_TOKENIZER, self.run.model.data.accept_other_tokenizer)
-        for remark in remarks:
-            self.console.print(remark, highlight=False, soft_wrap=True)
-
-    def _restore(self) -> None:
-        if checkpoint.checkpoints(self.run_dir) and not self.run.exp_manager.resume_if_exists:
-            raise ValueError(
-                f"{self.run_dir} holds checkpoints, and exp_manager.resume_if_exists=false: choose another exp_manager.exp_dir or "
-                "remove them"
-            )
-        newest, self._damaged = checkpoint.newest_whole(self.run_dir)
-        if newest is not None:
-            for path, problem in self._damaged.items():
-                self.console.print(
-                    f"WARNING: the checkpoint {path} is damaged: {problem}. The run goes on from {newest}, and keeps the damaged one as "
-                    f"{path.name}.damaged",
-                    highlight=False,
-                    soft_wrap=True,
-                )
-            state = checkpoint.read_state(newest)
-            self._compare_tokenizers(newest)
-            checkpoint.refuse_changed_run(state, self.state(), self.run)
-            checkpoint.load(newest, self.model, self.optimizer, self.scheduler)
-            self.step = state["step"]
-            self.console.print(f"resumed from {newest}")
-        elif self.run.restore_from_path is not None:
-            path = checkpoint.find_checkpoint(self.run.restore_from_path)
-            checkpoint.refuse_damaged(path)
-            state = checkpoint.read_state(path)
-            self._compare_tokenizers(path)
-            positions = checkpoint.refuse_other_model(state, self.run, self.vocabulary.vocab_size)
+    def _load(self) -> None:
+        """Load what `start` names into model, optimizer and schedule."""
+        path = self.start.checkpoint
+        if path is None:
+            return
+        if self.start.resumes:
+            checkpoint.load(path, self.model, self.optimizer, self.scheduler)
+            self.console.print(f"resumed from {path}", highlight=False, soft_wrap=True)
+        else:
             checkpoint.load_weights(path, self.model)
             self.optimizer.reload_model_params()
-            self.console.print("\n".join([f"started from the weights of {path}", *positions]))
-        else:
-            self._compare_tokenizers()
+            self.console.print(f"started from the weights of {path}", highlight=False, soft_wrap=True)
 
     def save(self) -> Path:
         params = self.run.exp_manager.checkpoint_callback_params
@@ -321,7 +291,7 @@ class Trainer:
         trainer = self.run.trainer
         params = run.exp_manager.checkpoint_callback_params
         if self.is_first:
-            for path in self._damaged:
+            for path in self.start.damaged:
                 checkpoint.set_aside(path)
         log = RunLog(run, self.step, self.table, self.builder.census, self.console) if self.is_first else None
         loader = iter(build_loader(run, self.train_data, self.vocabulary, self.step * run.model.global_batch_size))

@@ -318,37 +318,3 @@ def test_blends_of_two_tokenizers_are_refused(folder):
     assert read(a, b, **{"model.data.accept_other_tokenizer": "true"}).tokenizers[b].digest == "bb"
     assert read(a, c, d).tokenizers[d].digest is None
     assert "tokenizers" not in read(a).unique_identifiers  # which names Megatron's caches
-
-
-def test_a_run_from_a_model_of_another_tokenizer_is_refused(folder, monkeypatch):
-    from pathlib import Path
-    from types import SimpleNamespace
-
-    from exact_megatron.training import checkpoint
-    from exact_megatron.training.trainer import Trainer
-    from exact_megatron.utils.tokenizer import UNKNOWN, Identity
-
-    said = []
-
-    def begin(model, data, *overrides):
-        state = {} if model is None else {"tokenizer": Identity(model, "base/hf/tokenizer.json")._asdict()}
-        monkeypatch.setattr(checkpoint, "read_state", lambda path: state)
-        data = Identity(data, "x.json")
-        trainer = SimpleNamespace(
-            vocabulary=SimpleNamespace(tokenizers={"x": data}),
-            run=load_config(folder / "tiny.yaml", list(overrides)),
-            tokenizer=data if data.digest else UNKNOWN,
-            console=SimpleNamespace(print=lambda text, **_: said.append(text)),
-        )
-        said.clear()
-        Trainer._compare_tokenizers(trainer, Path("base"))
-        return trainer.tokenizer.digest
-
-    assert begin("aa", "aa") == "aa" and not said
-    with pytest.raises(
-        ValueError, match=r"base has the tokenizer aa \(base/hf/tokenizer.json\), x has bb \(x.json\).*accept_other"
-    ):
-        begin("aa", "bb")
-    assert begin("aa", "bb", "model.data.accept_other_tokenizer=true") == "bb" and "accepted" in said[0]
-    assert begin("aa", None) == "aa" and said == ["tokenizer unknown, not compared: x (x.json)"]
-    assert begin(None, "bb") == "bb" and "not compared: base (nothing is recorded)" in said[0]

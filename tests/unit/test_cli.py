@@ -150,6 +150,12 @@ def test_an_empty_name_is_refused(option, capsys):
     assert "the name is empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["out", "/dev/full", "x.gif"])
+def test_a_picture_without_a_known_ending_is_refused_before_the_count(name, capsys):
+    assert main(["census", "/nowhere", "--seq-length", "64", "--plot", name]) == 2
+    assert f"the picture '{name}' must end in .png, .svg or .pdf" in capsys.readouterr().err
+
+
 def test_check_prints_what_would_run_or_all_that_is_in_its_way(tmp_path, capsys):
     from tests.helpers.tiny import config_file, write_data
 

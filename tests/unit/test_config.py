@@ -3,7 +3,7 @@ import math
 import pytest
 
 from exact_megatron import ExactConfig
-from exact_megatron.config import parse_scalar, split_overrides
+from exact_megatron.config import parse_scalar, split_overrides, unknown_key
 
 
 def test_defaults_are_the_papers_and_off():
@@ -94,3 +94,34 @@ def test_public_names_need_no_torch():
     code = "import sys, exact_megatron as e; [getattr(e, n) for n in e.__all__]; "
     code += "assert not {'torch', 'megatron'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+KNOWN = [
+    "restore_from_path",
+    "trainer.max_steps",
+    "model.seed",
+    "model.exact.eps",
+    "model.exact.alpha",
+    "model.optim.eps",
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("model.max_steps", "did you mean trainer.max_steps?"),
+        ("max_steps", "did you mean trainer.max_steps?"),
+        ("model.exact.esp", "did you mean model.exact.eps?"),
+        ("modl.exact.eps", "did you mean model.exact.eps?"),
+        ("modl", "did you mean model?"),
+        ("modl.zzz", "did you mean model?"),
+        ("seeed", "did you mean model.seed?"),
+        ("zzz", "known keys: model, restore_from_path, trainer"),
+        ("zzz.zzz", "known keys: model, restore_from_path, trainer"),
+        ("model.zzz", "known keys: model.exact, model.optim, model.seed"),
+        ("model.exact.zzz", "known keys: model.exact.alpha, model.exact.eps"),
+        ("", "known keys: model, restore_from_path, trainer"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_a_near_one_or_its_neighbours(key, hint):
+    assert unknown_key(key, KNOWN) == f"unknown key {key}: {hint}"

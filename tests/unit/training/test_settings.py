@@ -214,3 +214,101 @@ def test_a_run_that_is_put_together_in_python_is_checked_as_a_file_is():
     broken = dataclasses.replace(run, trainer=dataclasses.replace(run.trainer, max_steps=0))
     with pytest.raises(ValueError, match="trainer.max_steps=0 is not"):
         check(broken)
+
+
+def read(tmp_path, text, *overrides):
+    (tmp_path / "a.yaml").write_text(text)
+    return load_config(tmp_path / "a.yaml", ["model.data.data_prefix=x", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "blocks"),
+    [
+        ("model.optim.lr: 5", "model.optim.lr", "model: {optim: {lr: ...}}"),
+        ("model.data: {seq_length: 64}", "model.data", "model: {data: ...}"),
+        ("model: {data.seq_length: 64}", "model.data.seq_length", "model: {data: {seq_length: ...}}"),
+        ("model: {zzz.y: 64}", "model.zzz.y", "model: {zzz: {y: ...}}"),
+    ],
+)
+def test_a_key_with_dots_in_a_file_is_refused(tmp_path, text, key, blocks):
+    with pytest.raises(ValueError, match=re.escape(f"a.yaml: {key} has dots") + ".*" + re.escape(blocks)):
+        read(tmp_path, text)
+    with pytest.raises(ValueError, match="has dots"):
+        load_config(None, ["model={data.seq_length: 64}"])
+
+
+@pytest.mark.parametrize("written", ["2024_01_01", "010", "1:30", "1e3", "0x10", "2024-01-01", "1.50", "-0"])
+def test_text_that_looks_like_a_number_is_kept_as_it_is_written(tmp_path, written):
+    run = read(tmp_path, f"exp_manager: {{exp_dir: {written}}}\nmodel: {{data: {{index_mapping_dir: {written}}}}}")
+    assert (run.exp_manager.exp_dir, run.model.data.index_mapping_dir) == (written, written)
+    run = load_config(None, [f"model.data.data_prefix=[a,b,{written}]", f"exp_manager.exp_dir={written}"])
+    assert (run.exp_manager.exp_dir, run.model.data.data_prefix) == (written, ["a", "b", written])
+    assert (
+        load_config(None, ["model.data.data_prefix=x", "exp_manager.exp_dir=r${model.seed}"]).exp_manager.exp_dir
+        == "r1234"
+    )
+
+
+@pytest.mark.parametrize("written", ["010", "08", "1:30", "0x10", "0b1", "0o17"])
+def test_numbers_that_yaml_reads_in_another_base_are_refused(tmp_path, written):
+    message = f"model.seed='{written}' is not a whole number of at least 0, written in decimal digits"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(tmp_path, f"model: {{seed: {written}}}")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(tmp_path, "", f"model.seed={written}")
+
+
+def test_numbers_and_weights_are_read_as_before(tmp_path):
+    run = read(
+        tmp_path, "model: {seed: 1_000, optim: {lr: 1e-3, betas: [0.8, .95]}}\ntrainer: {max_steps: 4.0, precision: 32}"
+    )
+    assert (run.model.seed, run.model.optim.lr, run.model.optim.betas) == (1000, 1e-3, [0.8, 0.95])
+    assert (run.trainer.max_steps, run.trainer.precision) == (4, "32")
+    blend = load_config(None, ["model.data.data_prefix=[0.7,a,3,b,1e1,2024_01]"]).model.data.data_prefix
+    assert blend == [0.7, "a", 3, "b", 10.0, "2024_01"] and [type(w) for w in blend[::2]] == [float, int, float]
+    assert (
+        load_config(
+            None, ["model.data.data_prefix=x", "model.data.index_mapping_dir=null"]
+        ).model.data.index_mapping_dir
+        is None
+    )
+
+
+@pytest.mark.parametrize("shares", ["1.2.3", "5..", ".", "1,.", "1,,2", "1,2,3,4", "-1", "9" * 400])
+def test_shares_that_are_no_numbers_are_refused_by_name(shares):
+    with pytest.raises(ValueError, match=re.escape("model.data.splits_string=") + ".* is not up to three shares"):
+        load_config(None, ["model.data.data_prefix=x", f"model.data.splits_string='{shares}'"])
+
+
+@pytest.mark.parametrize("shares", ["1", ".5,5.", "99,1,0", " 8 / 1 / 1 ", "0.9,0.1"])
+def test_shares_are_numbers(shares):
+    run = load_config(None, ["model.data.data_prefix=x", f"model.data.splits_string='{shares}'"])
+    assert [float(part) for part in run.model.data.splits_string.replace("/", ",").split(",")]
+
+
+def test_a_setting_that_must_be_given_does_not_offer_null():
+    with pytest.raises(ValueError, match=r"model.data.data_prefix=true is not a prefix") as error:
+        load_config(None, ["model.data.data_prefix=true"])
+    assert "null" not in str(error.value)
+    with pytest.raises(ValueError, match="data_prefix is empty"):
+        load_config(None, ["model.data.data_prefix=null"])
+
+
+def test_a_file_that_repeats_itself_by_aliases_without_measure_is_refused_at_once(tmp_path):
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join(9 * [f'*a{n - 1}'])}]" for n in range(1, 40))]
+    with pytest.raises(ValueError, match=r"a.yaml, line \d+: more than 100,000 values"):
+        read(tmp_path, "\n".join(lines))
+    run = read(tmp_path, "trainer: {max_steps: &n 7, val_check_interval: *n}")
+    assert (run.trainer.max_steps, run.trainer.val_check_interval) == (7, 7)
+    with pytest.raises(ValueError, match="contain itself"):
+        read(tmp_path, "model: &m {data: {data_prefix: [*m]}}")
+
+
+@pytest.mark.parametrize(
+    "written", ["!!bool x", "!!int x", "!!float x", "!!timestamp x", "!!binary é", "!!python/none x"]
+)
+def test_a_tag_that_does_not_fit_is_refused_by_name(tmp_path, written):
+    with pytest.raises(ValueError, match="a.yaml is not YAML"):
+        read(tmp_path, f"model: {{seed: {written}}}")
+    with pytest.raises(ValueError, match="model.seed="):
+        load_config(None, [f"model.seed={written}"])
