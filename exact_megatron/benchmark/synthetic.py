@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 
+from ..utils.files import write_text
 from .harness import SEED
 
 MU, SIGMA, CLIP = 6.0, 1.2, (8, 131072)  # median 403 and mean about 830 tokens
@@ -39,7 +39,7 @@ def write_corpus(
     for n in lengths.tolist():
         builder.add_document(torch.from_numpy(np.append(rng.integers(1, vocabulary, n - 1), 0)), [n])
     builder.finalize(prefix + ".idx")
-    Path(prefix + ".json").write_text(json.dumps({"vocab_size": vocabulary, "eod_id": 0}))
+    write_text(prefix + ".json", json.dumps({"vocab_size": vocabulary, "eod_id": 0}))
     return lengths
 
 

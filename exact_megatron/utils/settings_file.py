@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a settings file.
 
     Raises:
@@ -69,7 +70,7 @@ def _check(path: str | Path, node: Any, above: tuple[Any, ...]) -> None:
         _check(path, value, (*above, node))
 
 
-def json_object(path: str | Path) -> dict[str, Any]:
+def json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
