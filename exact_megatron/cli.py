@@ -13,6 +13,7 @@ from .commands.census import run_census
 from .commands.train import run_train
 from .config import PREFIX, ExactConfig, ExactError
 from .utils import extras
+from .utils.files import STDOUT, writing
 
 READER_GONE = 141  # as a shell reports a program that SIGPIPE ended
 TRACEBACK = "--traceback"
@@ -29,11 +30,18 @@ def main(argv: list[str] | None = None) -> int:
             return _main(list(sys.argv[1:] if argv is None else argv))
         finally:
             if sys.stdout is not None:  # started with >&-
-                sys.stdout.flush()
+                with writing(STDOUT):
+                    sys.stdout.flush()
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
         return READER_GONE
+    except OSError as error:
+        if error.filename != STDOUT:
+            raise
+        _discard_output()
+        print(f"exact-megatron: {error}", file=sys.stderr)
+        return 2
     except SystemExit as end:  # rich ends the program so
         if isinstance(end.__context__, BrokenPipeError):
             return READER_GONE
@@ -46,8 +54,12 @@ def _reader_is_gone() -> bool:
     poll.register(sys.stdout.fileno(), 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _discard_output()
     return True
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _main(given: list[str]) -> int:
@@ -175,6 +187,8 @@ def _main(given: list[str]) -> int:
     except BrokenPipeError:
         raise
     except (ValueError, OSError, ExactError, ImportError) as error:
+        if getattr(error, "filename", None) == STDOUT:
+            raise  # it is said once, where what is left in the buffer fails again
         said: object = extras.remedy(error) if isinstance(error, ImportError) else error
         if traceback or said is None:
             raise

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config import ExactError
+from ..utils.files import write_text
 
 if TYPE_CHECKING:
     from ..training.schema import RunConfig
@@ -183,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         proof = prove_runs(exact, baseline)
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(proof, indent=1) + "\n")
+        write_text(args.output, json.dumps(proof, indent=1) + "\n")
     except (ValueError, OSError, ExactError) as error:
         print(f"arms: {error}", file=sys.stderr)
         return 2

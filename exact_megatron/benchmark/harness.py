@@ -17,6 +17,7 @@ import numpy as np
 
 from ..utils import bootstrap
 from ..utils.environment import machine
+from ..utils.files import write_text
 
 SEED = 1234
 RESAMPLES = 4000
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     }
     print_result(result, rows)
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        write_text(args.json, json.dumps(result, indent=1) + "\n")
     return 0 if all(row.passed for row in rows) else 1
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 
+from ..utils.files import write_text
 from .harness import SEED
 
 MU = 6.0
@@ -41,7 +41,7 @@ def write_corpus(
     for n in lengths.tolist():
         builder.add_document(torch.from_numpy(np.append(rng.integers(1, vocabulary, n - 1), 0)), [n])
     builder.finalize(prefix + ".idx")
-    Path(prefix + ".json").write_text(json.dumps({"vocab_size": vocabulary, "eod_id": 0}))
+    write_text(prefix + ".json", json.dumps({"vocab_size": vocabulary, "eod_id": 0}))
     return lengths
 
 

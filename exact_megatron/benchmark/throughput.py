@@ -34,6 +34,7 @@ from ..planning.memory import memory
 from ..planning.plan import GPU_MEMORY, PEAK_TFLOPS
 from ..utils import bootstrap
 from ..utils.environment import GIB, machine
+from ..utils.files import write_text
 from . import harness
 from .arms import Arm, prove_arms
 from .geometry import GEOMETRIES
@@ -416,7 +417,7 @@ def start_job(spec: dict[str, Any]) -> Any:
     """
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder, "spec.json"), Path(folder, "result.json")
-        where[0].write_text(json.dumps(spec))
+        write_text(where[0], json.dumps(spec))
         command = [sys.executable, "-W", "ignore", "-m", "exact_megatron.benchmark.throughput", *map(str, where)]
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which kills the job
         try:
@@ -508,7 +509,7 @@ def print_plan(args: argparse.Namespace) -> int:
     console.print(table)
     console.print(said, soft_wrap=True)
     if args.json:
-        Path(args.json).write_text(json.dumps({"plan": said, "minutes": minutes, "cells": listed}, indent=1) + "\n")
+        write_text(args.json, json.dumps({"plan": said, "minutes": minutes, "cells": listed}, indent=1) + "\n")
     return 0
 
 
@@ -608,7 +609,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    result.write_text(json.dumps(found))
+    write_text(result, json.dumps(found))
     return 0
 
 

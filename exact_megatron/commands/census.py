@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from ..config import ExactConfig
+from ..utils.files import STDOUT, write_text, writing
 
 
 def run_census(args: argparse.Namespace) -> int:
@@ -42,11 +42,13 @@ def run_census(args: argparse.Namespace) -> int:
         warning = error
     facts = json.dumps(census_json(census, table), indent=1)
     if args.json == "-":
-        print(facts)
+        with writing(STDOUT):
+            print(facts)
     else:
-        print_census(census, table)
+        with writing(STDOUT):
+            print_census(census, table)
         if args.json:
-            Path(args.json).write_text(facts + "\n")
+            write_text(args.json, facts + "\n")
     if args.plot:
         plot_census(census, table, args.plot)
         print(f"picture: {args.plot}", file=sys.stderr if args.json == "-" else sys.stdout)

@@ -22,7 +22,7 @@ from ..training.config import ConfigPath, config_paths, load_config
 from ..training.run_lock import only_writer
 from ..training.schema import RunConfig
 from ..utils.environment import machine
-from ..utils.files import changed_settings
+from ..utils.files import changed_settings, write_text
 from ..utils.ranks import is_rank, torchrun
 
 # Settings that may change between a run and its repetition, since its numbers do not depend on them.
@@ -135,7 +135,7 @@ def _compare(
     if trained or not facts.is_file():
         command = ["exact-megatron", "compare", *_config_option(config_path)]
         command += ["--base-seq-length", str(base_seq_length), "--base-steps", str(base_steps), *overrides]
-        facts.write_text(json.dumps({"command": shlex.join(command), **describe(arms[-1])}, indent=1) + "\n")
+        write_text(facts, json.dumps({"command": shlex.join(command), **describe(arms[-1])}, indent=1) + "\n")
     write_report(folder)
 
 

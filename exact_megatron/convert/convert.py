@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +17,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..training import checkpoint
+from ..training.run_lock import NAME as LOCK
+from ..training.run_lock import only_writer
 from ..training.schema import ModelConfig, RopeScalingConfig, RunConfig
-from ..utils.files import write_json, writing
+from ..utils.files import write_json, write_text, writing
 from ..utils.tokenizer import RECORD, folder_identity, refuse_other_tokenizer
 from .config_json import config_json, kv_heads, model_settings, read_config_json
 from .config_json import pad_kv_heads as padded_settings
@@ -89,9 +90,10 @@ def hf_to_megatron(
     with _whole(output) as folder, _progress("to Megatron", len(tensors), quiet) as advance:
         _carry(source, folder / "hf")
         shutil.copyfile(source / "config.json", folder / "hf" / "config.json")
-        (folder / "model.yaml").write_text(
+        write_text(
+            folder / "model.yaml",
             f"# {source.resolve().name} for the native runner: exact-megatron train --config THIS model.data.data_prefix=[PREFIX] ...\n"
-            + yaml.safe_dump({**start, "model": settings}, sort_keys=False)
+            + yaml.safe_dump({**start, "model": settings}, sort_keys=False),
         )
 
         def read(tensor: Tensor, layer: int | None) -> torch.Tensor:
@@ -171,7 +173,7 @@ def megatron_to_hf(
         writer.close()
         if folder is not None:
             _carry(folder, new)
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(new / "config.json", config)
         if tokenizer.digest:
             write_json(new / RECORD, {"tokenizer_identity": tokenizer.digest})
     return _converted(output, dtypes, parts, remarks)
@@ -232,14 +234,24 @@ def _carry(source: Path, target: Path) -> None:
 @contextmanager
 def _whole(output: Path) -> Iterator[Path]:
     """A folder to write to that gets the name `output` when all is written."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists: remove it, or choose another folder")
     partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
-    partial.mkdir(parents=True)
-    with writing(partial):
-        yield partial
-    partial.rename(output)
+
+    def refuse_existing() -> None:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise FileExistsError(f"{output} exists: remove it, or choose another folder")
+
+    refuse_existing()
+    with only_writer(partial, "another OUTPUT"):
+        refuse_existing()  # another conversion may have ended meanwhile
+        for left in partial.iterdir():  # of a conversion that was killed
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            elif left.name != LOCK:
+                left.unlink()
+        with writing(partial):
+            yield partial
+        partial.rename(output)
+        (output / LOCK).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -29,12 +29,25 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ..training.checkpoint import read_state, refuse_damaged, stored_entries, write_checksums
+from ..utils.files import write_text
+from ..utils.settings_file import json_object
 from .mapping import Tensor
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NOT_WEIGHTS = re.compile(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 )  # a buffer that transformers 4.31 saved
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as model.safetensors.index.json lists them."""
+    try:
+        listed = json_object(index).get("weight_map")
+    except ValueError as error:
+        raise ValueError(f"{error}: fetch the model again") from None
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(f"{index} has no weight_map that names a file for each tensor: fetch the model again")
+    return listed
 
 
 class HuggingFaceWeights:
@@ -50,19 +63,24 @@ class HuggingFaceWeights:
     """
 
     def __init__(self, folder: str | Path, expected: dict[str, tuple[int, ...]]) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         self.folder = Path(folder)
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
-        listed: dict[str, str] = json.loads(index.read_bytes())["weight_map"] if index.is_file() else {}
+        listed = _weight_map(index) if index.is_file() else {}
         files = sorted(set(listed.values())) or ([single.name] if single.is_file() else self._shards()) or [single.name]
         if missing := [name for name in files if not (self.folder / name).is_file()]:
             raise FileNotFoundError(
                 f"{self.folder / missing[0]} does not exist: weights are read from safetensors; load others with transformers and "
                 "save_pretrained them first"
             )
-        self._files = {name: safe_open(self.folder / name, framework="pt") for name in files}
+        self._files = {}
+        for name in files:
+            try:
+                self._files[name] = safe_open(self.folder / name, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{self.folder / name} is damaged ({error}): fetch the model again") from None
         self._file_of = {tensor: name for name, file in self._files.items() for tensor in file.keys()}
         if listed and listed != self._file_of:
             raise ValueError(f"{index} lists other tensors than its files hold: fetch the model again")
@@ -151,7 +169,7 @@ class SafetensorsWriter:
         if self._split.is_sharded:
             index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (self.folder / "model.safetensors.index.json").write_text(text)
+            write_text(self.folder / "model.safetensors.index.json", text)
 
 
 def _place(tensor: Tensor, layer: int | None) -> ChunkStorageMetadata:

@@ -216,6 +216,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Probe the runs one after another; refused where several ranks were started."""
+    from ..utils.files import write_text
     from ..utils.ranks import be_single_rank, is_rank
 
     if is_rank():
@@ -230,7 +231,7 @@ def run(args: argparse.Namespace) -> int:
     results = [probe_run(run_dir, args.batches, args.set) for run_dir in args.runs]
     torch.distributed.destroy_process_group()
     if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+        write_text(args.json, json.dumps(results, indent=1) + "\n")
     if args.plot:
         plot(results, args.plot)
     for result in results:

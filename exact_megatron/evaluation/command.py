@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ..training.run_lock import only_writer
 from ..utils.tokenizer import data_identity, refuse_other_tokenizer
 from . import context_loss, distance_probe, nolima
 from .model import Model
@@ -136,9 +139,12 @@ def run(args: argparse.Namespace) -> int:
         scorer = model.scorer(args.device, args.dtype, args.tensor_parallel)
         if getattr(scorer, "rank", 0):
             scorer.serve()
-    if not getattr(scorer, "rank", 0):
-        for suite in args.suite:
-            _run_suite(suite, args, model, scorer)
+    with contextlib.ExitStack() as locks:
+        if not getattr(scorer, "rank", 0):
+            for suite in dict.fromkeys(args.suite):  # two processes may measure different suites
+                locks.enter_context(only_writer(Path(args.output, suite), "--output ANOTHER"))
+            for suite in args.suite:
+                _run_suite(suite, args, model, scorer)
     if hasattr(scorer, "close"):
         scorer.close()
     return 0

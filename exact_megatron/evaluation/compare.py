@@ -10,7 +10,7 @@ from typing import Any
 
 from ..reporting.style import COLORS, markdown_table, new_figure, plain_axes, print_parts
 from ..utils.bootstrap import LEVEL
-from ..utils.files import changed_settings
+from ..utils.files import changed_settings, write_text
 from .bootstrap import MIN_UNITS, RESAMPLES, Estimate, average, collect, estimate, resample
 from .report import averages, length_label, metric_of, number
 from .store import Metric, read_results
@@ -69,7 +69,7 @@ def compare(
     pairs = [compare_suite(found_a[s], found_b[s], trained_length) for s in shared]
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(report(pairs, names, a, b))
+    write_text(folder / "report.md", report(pairs, names, a, b))
     write_csv(folder / "comparison.csv", pairs)
     plot(folder / "comparison.png", pairs, names)
     if not quiet:

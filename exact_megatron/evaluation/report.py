@@ -10,6 +10,7 @@ import numpy as np
 
 from ..reporting.style import markdown_table, new_figure, plain_axes, print_parts
 from ..utils.bootstrap import LEVEL
+from ..utils.files import write_text
 from .bootstrap import RESAMPLES, Cell, Cells, Estimate, average, collect, estimate, resample
 from .store import Metric
 
@@ -116,7 +117,7 @@ def write_suite_report(folder: Path, results: dict[str, Any], quiet: bool = Fals
         "",
         f"{results['date']}, {results['CPU']}, GPU {results['GPU']}, {results['versions']}",
     ]
-    (folder / "report.md").write_text("\n".join(text) + "\n")
+    write_text(folder / "report.md", "\n".join(text) + "\n")
     picture = plot_curves(folder / "curve.png", summary, metric)
     if not quiet:
         from rich.table import Table

@@ -1,9 +1,9 @@
 """Reading text: files, folders, JSON and Parquet, cut into shards that are always the same for the same input.
 
-A file's suffix says, in any case, how it is read: ``.jsonl``/``.ndjson`` line by line, ``.json`` by what it holds
-(lines, one array of objects, or objects one after the other), ``.parquet``/``.pq`` by rows; anything else is one
-document. ``.gz``, ``.xz``, ``.bz2`` and ``.zst`` after it are decompressed. UTF-8 and UTF-16 byte order marks are
-left out.
+A file's suffix says, in any case, how it is read: ``.jsonl``/``.ndjson``/``.jsonlines``/``.jl`` line by line,
+``.json`` by what it holds (lines, one array of objects, or objects one after the other), ``.parquet``/``.pq`` by rows.
+Anything else is one document, unless it holds JSON records (see `_kind_of_text`). ``.gz``, ``.xz``, ``.bz2`` and
+``.zst`` after it are decompressed. Byte order marks of UTF-8 and UTF-16 are left out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from typing import Any, NamedTuple
 
 GLOBS = "*.txt *.md *.rst *.tex *.py *.pyi *.c *.h *.cc *.cpp *.hpp *.cu *.cuh *.java *.js *.ts *.go *.rs"
 SUFFIX = re.compile(r"(?:\.(?P<inner>[a-z0-9]+))?(?:\.(?P<outer>gz|xz|bz2|zst))?$", re.I)
-RECORDS = {"jsonl": "lines", "ndjson": "lines", "json": "values", "parquet": "rows", "pq": "rows"}
+RECORDS = {
+    **dict.fromkeys(("jsonl", "ndjson", "jsonlines", "jl"), "lines"),
+    **{"json": "values", "parquet": "rows", "pq": "rows"},
+}
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 # What lies beside the files of a published data set and is not of it.
 BESIDE_DATA = re.compile(
@@ -42,9 +45,17 @@ BOMS = {  # UTF-32's first: its little-endian mark begins like UTF-16's
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-LONGEST_FIRST_OBJECT = 64 << 20  # characters of a .json in a folder that are read to see what it holds
+PACKED = {  # first bytes of files that need their suffix to be read
+    b"\x1f\x8b": ".gz",
+    b"\xfd7zXZ\0": ".xz",
+    b"BZh": ".bz2",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"PAR1": ".parquet",
+}
+LONGEST_FIRST_OBJECT = 64 << 20  # characters that are read to see what a file holds
 BETWEEN = re.compile(r"[ \t\r\n\ufeff]*"), re.compile(r"[ \t\r\n,]*")  # JSON values; the elements of an array
 ROWS = 64  # of a Parquet file that are in memory at once
+NUL = "binary (it holds NUL bytes)"
 WHERE = {"lines": "{}:{}", "values": "{}: object {}", "rows": "{}: row {}"}
 
 
@@ -117,7 +128,7 @@ def list_files(
             )
             raise FileNotFoundError(f"input {source!r} {what}")
         if not root.is_dir():
-            found.append(_file(root.name, str(root)))
+            found.append(_file(root.name, str(root), key))
             continue
         wanted = ["*.py"] if stdlib else globs
         files, beside = _list_folder(root, "stdlib" if stdlib else root.resolve().name, wanted, stdlib, key)
@@ -126,9 +137,6 @@ def list_files(
             names = " ".join(wanted or [*GLOBS.split(), *(f"*.{suffix}" for suffix in RECORDS)])
             raise ValueError(f"no file in folder {source!r} matches --glob {names}{reasons}")
         found, left = found + files, left + beside
-    for file in found:
-        needs("pyarrow", file.path) if file.kind == "rows" else None
-        needs("zstandard", file.path) if file.path.lower().endswith(".zst") else None
     return found, left
 
 
@@ -162,8 +170,8 @@ def _list_folder(
                     left.append(LeftOut(str(path), "its suffix is not one of text or data (--glob names others)"))
                 continue
             try:
-                file = _file(f"{shown}/{relative}", str(path))
-                if globs is None and _inner(name) == "json" and not _has_key(file, key):
+                file = _file(f"{shown}/{relative}", str(path), key)
+                if globs is None and _inner(name) == "json" and not _has_key(file.path, key):
                     left.append(LeftOut(str(path), f"not JSON with a text under {key!r} (--text-key)"))
                     continue
             except OSError as error:
@@ -207,34 +215,71 @@ def _matches(relative: str, globs: Sequence[str] | None) -> bool:
     return any(fnmatch.fnmatchcase((relative if "/" in p else name).lower(), p.lower()) for p in globs)
 
 
-def _file(name: str, path: str) -> File:
-    """Look at a file; OSError if it is none, or cannot be read."""
+def _file(name: str, path: str, key: str) -> File:
+    """Look at a file; OSError if it is none, or cannot be read, ValueError if a package that it needs is missing."""
     facts = os.stat(path)
     if not stat.S_ISREG(facts.st_mode):
         raise OSError(f"{path}: not a regular file, which can be read more than once")
     if not os.access(path, os.R_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
     kind = RECORDS.get(_inner(name), "text")
-    if kind == "rows" and not name.lower().endswith((".parquet", ".pq")):
-        raise OSError(f"{path}: a compressed Parquet file cannot be read in parts: decompress it")
-    if kind == "values" and _begins_with_line(path):
+    if kind == "rows":
+        needs("pyarrow", path)
+        if not name.lower().endswith((".parquet", ".pq")):
+            raise OSError(f"{path}: a compressed Parquet file cannot be read in parts: decompress it")
+    if path.lower().endswith(".zst"):
+        needs("zstandard", path)
+    if kind == "values" and _objects_in_lines(path, 1):
         kind = "lines"
+    if kind == "text":
+        kind = _kind_of_text(path, key)
     return File(name, path, facts.st_size, facts.st_mtime_ns, kind)
 
 
-def _begins_with_line(path: str) -> bool:
-    """Whether the first line of a .json is a whole JSON object, as in JSON lines."""
-    line = next((line for block, _ in _blocks(path, 1 << 16) for line in block.splitlines() if line.strip()), b"")
+def _kind_of_text(path: str, key: str) -> str:
+    """ "lines" where the first two lines are JSON objects, "values" where the first object has ``key``, else "text"."""
     try:
-        return isinstance(json.loads(line.removeprefix(codecs.BOM_UTF8)), dict)
-    except (ValueError, RecursionError):
-        return False
+        if not _head(path).startswith((b"{", b"[")):
+            return "text"
+        return "lines" if _objects_in_lines(path, 2) else "values" if _has_key(path, key) else "text"
+    except ValueError:  # damaged: said where it is read
+        return "text"
 
 
-def _has_key(file: File, key: str) -> bool:
-    """Whether the first object of a .json has ``key``."""
+def _head(path: str) -> bytes:
+    """The first bytes that are neither white space nor a byte order mark; b"" where 4 KiB hold none."""
+    block = next(_blocks(path, 1 << 12), (b"", 0))[0]
+    return block.removeprefix(codecs.BOM_UTF8).lstrip()
+
+
+def _objects_in_lines(path: str, count: int) -> bool:
+    """Whether the first ``count`` lines that are not blank are whole JSON objects, as in JSON lines."""
+    waiting, size, found = list[bytes](), 0, 0
+    for block, _ in itertools.chain(_blocks(path, 1 << 16), ((b"\n", 0),)):
+        waiting.append(block)
+        size += len(block)
+        if b"\n" not in block:
+            if size > LONGEST_FIRST_OBJECT:
+                break
+            continue
+        *lines, rest = b"".join(waiting).removeprefix(codecs.BOM_UTF8).split(b"\n")
+        waiting = [rest]
+        for line in filter(bytes.strip, lines):
+            try:
+                if not line.lstrip().startswith(b"{") or not isinstance(json.loads(line), dict):
+                    return False
+            except (ValueError, RecursionError):
+                return False
+            found += 1
+            if found == count:
+                return True
+    return False
+
+
+def _has_key(path: str, key: str) -> bool:
+    """Whether the first object of a file of JSON values has ``key``."""
     try:
-        for line, _ in _value_lines(file.path, 1 << 16, LONGEST_FIRST_OBJECT):
+        for line, _ in _value_lines(path, 1 << 16, LONGEST_FIRST_OBJECT):
             first = json.loads(line)
             return isinstance(first, dict) and key in first
     except (ValueError, RecursionError):
@@ -445,10 +490,26 @@ def _decode(data: bytes) -> tuple[str, str]:
         return data.decode(errors="replace"), "replaced"
 
 
+def _record(line: str, key: str) -> tuple[Any, bool]:
+    """The JSON value, and whether it is an object that gives ``key`` twice."""
+    twice = False
+
+    def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal twice
+        found = dict(pairs)
+        twice = (
+            len(found) < len(pairs) and [name for name, _ in pairs].count(key) > 1
+        )  # the outermost object comes last
+        return found
+
+    value = json.loads(line, object_pairs_hook=as_dict)
+    return value, twice
+
+
 def read_documents(
     shard: Shard, key: str, want: Callable[[str], bool] = lambda name: True
 ) -> Iterator[tuple[str, str, str, LeftOut | None]]:
-    """(name, text, note, left out) of the documents that ``want(name)``.
+    """(name, text, note, left out) of the documents that ``want(name)``, without a byte order mark.
 
     The note is "", "replaced" (undecodable bytes became U+FFFD), or, with the text "" and why it is left out, "empty" or
     "binary". Blank lines are no documents. Raises ValueError, naming file and place, where a record is not a JSON
@@ -456,10 +517,15 @@ def read_documents(
     """
     if shard.data is None:
         for file in filter(lambda file: want(file.name), shard.files):
-            content, note = _decode(b"".join(block for block, _ in _blocks(file.path, 1 << 20)))
+            data = b"".join(block for block, _ in _blocks(file.path, 1 << 20))
+            content, note = _decode(data)
             content = content.removeprefix("\ufeff")
-            if "\0" in content:
-                yield file.name, "", "binary", LeftOut(file.path, "binary (it holds NUL bytes)")
+            if (note or "\0" in content) and (
+                suffix := next((end for mark, end in PACKED.items() if data.startswith(mark)), None)
+            ):
+                yield file.name, "", "binary", LeftOut(file.path, f"binary (its content is {suffix}: rename it so)")
+            elif "\0" in content:
+                yield file.name, "", "binary", LeftOut(file.path, NUL)
             elif not content.strip():
                 yield file.name, "", "empty", LeftOut(file.path, "empty")
             else:
@@ -474,11 +540,13 @@ def read_documents(
         where = WHERE[source.kind].format(source.path, number)
         decoded, note = _decode(line.removeprefix(codecs.BOM_UTF8))
         try:
-            record = json.loads(decoded)
+            record, twice = _record(decoded, key)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not valid JSON: {error}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: not a JSON object with a text under {key!r}: {decoded[:80]}")
+        if twice:
+            raise ValueError(f"{where}: {key!r} (--text-key) is given twice in one object")
         text = record.get(key)
         if text is None:
             reason = f"null under {key!r}" if key in record else f"no {key!r} (--text-key)"
@@ -487,6 +555,10 @@ def read_documents(
             continue
         if not isinstance(text, str):
             raise ValueError(f"{where}: {key!r} (--text-key) holds {json.dumps(text)[:80]}, which is not text")
+        text = text.removeprefix("\ufeff")
+        if "\0" in text:
+            yield name, "", "binary", LeftOut(source.path, NUL, 1, where)
+            continue
         if not text.strip():
             yield name, "", "empty", LeftOut(source.path, "empty", 1, where)
             continue

@@ -9,7 +9,7 @@ A document is what the tokenizer makes of it, with the tokens that it puts befor
 out) and after it, and one EOD. A special token spelled out in a text is tokenized as plain text.
 
 A hash of seed and document name (``folder/file.py``, ``file.jsonl:17``) picks the held-out documents.
-Files with a NUL byte ("binary") and documents of white space only, or null ("empty") are left out, undecodable bytes
+Texts with a NUL byte ("binary") and documents of white space only, or null ("empty") are left out, undecodable bytes
 become U+FFFD ("replaced"); all are counted. What is left out is named on stderr and in ``PREFIX.json``.
 """
 
@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..utils.files import read_json, write_json
+from ..utils.files import read_json, write_json, writing
 from ..utils.tokenizer import EOD, added_tokens, find_eod, identity, load_tokenizer, tokenizer_file
 from .corpus import (
     GLOBS,
@@ -129,15 +129,16 @@ def _encode_shard(shard: Shard) -> tuple[list[_Tokens], list[LeftOut]]:
 
 
 def _write_part(parts: Path, name: str, results: list[_Tokens], left: list[LeftOut]) -> None:
-    """Write one shard. Its .json comes last, by a rename: only with it is the shard finished."""
+    """Write one shard; an OSError names the file. Its .json comes last, by a rename: only with it is the shard finished."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     for split, (tokens, lengths, _) in zip(SPLITS, results, strict=True):
         if len(lengths):
-            builder = IndexedDatasetBuilder(f"{parts}/{name}{split}.bin", dtype=tokens.dtype.type)
-            for end, length in zip(np.cumsum(lengths).tolist(), lengths.tolist(), strict=True):
-                builder.add_document(tokens[end - length : end], [length])
-            builder.finalize(f"{parts}/{name}{split}.idx")
+            with writing(path := f"{parts}/{name}{split}.bin"):
+                builder = IndexedDatasetBuilder(path, dtype=tokens.dtype.type)
+                for end, length in zip(np.cumsum(lengths).tolist(), lengths.tolist(), strict=True):
+                    builder.add_document(tokens[end - length : end], [length])
+                builder.finalize(f"{parts}/{name}{split}.idx")
     write_json(parts / f"{name}.json", {"splits": [counts for _, _, counts in results], "left_out": left})
 
 
@@ -205,24 +206,27 @@ def _join_parts(parts: Path, names: Sequence[str], split: str, dtype: type, left
     """Join one split's parts into ``parts``/joined.bin and .idx; returns its counts or raises ValueError."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builder = IndexedDatasetBuilder(f"{parts}/joined{split}.bin", dtype=dtype)
+    joined = f"{parts}/joined{split}"
     total = Counter[str]()
     top = 0
     gc.freeze()  # add_index collects garbage each time: let it not walk through all of torch
-    for name in names:
-        record = read_json(parts / f"{name}.json")["splits"][SPLITS.index(split)]
-        top = max(top, record.pop("max_token_id"))
-        total.update(record)
-        if record["bytes"]:
-            builder.add_index(f"{parts}/{name}{split}")
+    with writing(f"{joined}.bin"):
+        builder = IndexedDatasetBuilder(f"{joined}.bin", dtype=dtype)
+        for name in names:
+            record = read_json(parts / f"{name}.json")["splits"][SPLITS.index(split)]
+            top = max(top, record.pop("max_token_id"))
+            total.update(record)
+            if record["bytes"]:
+                builder.add_index(f"{parts}/{name}{split}")
     gc.unfreeze()
     lengths = np.array(builder.sequence_lengths, dtype=np.int64)
     if not lengths.size:
         found = ", ".join(f"{total[key]} {key}" for key in ("empty", "binary"))
         reasons = "".join(f"; {line}" for line in left[:3])
         raise ValueError(f"no document in the {'held-out' if split else 'training'} split ({found}){reasons}")
-    builder.finalize(f"{parts}/joined{split}.idx")
-    size = os.path.getsize(f"{parts}/joined{split}.bin")
+    with writing(f"{joined}.idx"):
+        builder.finalize(f"{joined}.idx")
+    size = os.path.getsize(f"{joined}.bin")
     if not lengths.sum() * np.dtype(dtype).itemsize == size == total["bytes"]:
         raise ValueError(f"{parts} is damaged ({size} bytes, not {total['bytes']}): delete it, run again")
     counts = {"documents": lengths.size, "tokens": int(lengths.sum()), "longest_document": int(lengths.max())}

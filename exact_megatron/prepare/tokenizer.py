@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import write_json
+from ..utils.files import write_json, writing
 from ..utils.tokenizer import EOD
 from .corpus import File, cut_shards, read_documents, stable_hash
 
@@ -61,5 +61,6 @@ def train_bpe(
     folder.mkdir(exist_ok=True)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOD}
     write_json(folder / "tokenizer_config.json", config | {"clean_up_tokenization_spaces": False})
-    tokenizer.save(str(folder / "tmp"))
+    with writing(folder / "tmp"):
+        tokenizer.save(str(folder / "tmp"))
     os.replace(folder / "tmp", folder / "tokenizer.json")

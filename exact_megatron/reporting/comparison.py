@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..utils.files import changed_settings
+from ..utils.files import changed_settings, write_text
 from .census import draw_census
 from .style import (
     COLORS,
@@ -195,7 +195,7 @@ def write_report(comparison_dir: str | os.PathLike[str], quiet: bool = False) ->
     draw_training(result, folder / "training.png")
     draw_census(result.weights["buckets"], result.tau, folder / "census.png")
     path = folder / "report.md"
-    path.write_text(_markdown(result))
+    write_text(path, _markdown(result))
     if not quiet:
         print_comparison(result)
         print_parts(f"Report: {path}")

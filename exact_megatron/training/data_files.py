@@ -63,6 +63,7 @@ def data_prefixes(run: RunConfig) -> dict[str, tuple[list[str], list[float] | No
 def read_vocabulary(run: RunConfig, scan: bool = True) -> Vocabulary:
     """Check every .bin/.idx pair and take vocabulary size and EOD from the configuration or from PREFIX.json.
 
+    Members of different tokenizers, if accepted, need model.data.eod_id where their EODs differ; the largest vocabulary counts.
     model.override_vocab_size may be above the tokenizer's size, as in models that are published with a padded vocabulary.
 
     Args:
@@ -82,23 +83,35 @@ def read_vocabulary(run: RunConfig, scan: bool = True) -> Vocabulary:
             raise ValueError(f"{prefix}: give the common prefix of .bin and .idx, {prefix[:-4]}")
     indices = [read_index(p, run.whole_documents) for p in prefixes]
     tokenizers = {prefix: data_identity(prefix) for prefix in prefixes}
-    refuse_other_tokenizer(tokenizers, ACCEPT_TOKENIZER, data.accept_other_tokenizer)
+    accepted, known = data.accept_other_tokenizer, list[str]()
+    refuse_other_tokenizer(tokenizers, ACCEPT_TOKENIZER, accepted)
     for prefix in prefixes:
         facts = _described(prefix)
-        for key, mine, name in (
-            ("vocab_size", size, ""),
-            ("eod_id", eod, "model.data.eod_id or "),
-        ):
-            if facts and mine is not None and mine != facts[key]:
-                raise ValueError(
-                    f"{prefix}.json says {key} {facts[key]} where {name}another member of the blend says {mine}"
+        if not facts:
+            continue
+        if eod is not None and facts["eod_id"] != eod and not (accepted and data.eod_id is not None):
+            if data.eod_id is not None:
+                other = f"model.data.eod_id={eod}: leave the setting out, or accept data with another EOD with {ACCEPT_TOKENIZER}"
+            elif accepted:
+                other = f"{known[-1]}.json says {eod}: set model.data.eod_id to the model's"
+            else:
+                other = (
+                    f"{known[-1]}.json says {eod}: prepare the data with one tokenizer, or accept it with {ACCEPT_TOKENIZER} and "
+                    "set model.data.eod_id to the model's"
                 )
-        size, eod = facts.get("vocab_size", size), facts.get("eod_id", eod)
-    if rows is not None and size is not None and rows < size:
-        raise ValueError(
-            f"model.override_vocab_size={rows} is below the {size} tokens of {prefixes[0]}'s tokenizer: the model has no row for some "
-            "(published models have more rows than their tokenizer has tokens, which is fine)"
-        )
+            raise ValueError(f"{prefix}.json says eod_id {facts['eod_id']}, {other}")
+        if size is not None and facts["vocab_size"] != size and not accepted:
+            raise ValueError(
+                f"{prefix}.json says vocab_size {facts['vocab_size']}, {known[-1]}.json says {size}: prepare the data with one "
+                f"tokenizer, or accept it with {ACCEPT_TOKENIZER}, which takes the larger"
+            )
+        if rows is not None and rows < facts["vocab_size"]:
+            raise ValueError(
+                f"model.override_vocab_size={rows} is below the {facts['vocab_size']} tokens of {prefix}'s tokenizer: the model has no "
+                "row for some (published models have more rows than their tokenizer has tokens, which is fine)"
+            )
+        known.append(prefix)
+        size, eod = max(size or 0, facts["vocab_size"]), facts["eod_id"] if eod is None else eod
     size = rows or size
     if size is None or eod is None:
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from ..utils.files import writing
+from ..utils.files import write_text
 
 
 def record_memory(
@@ -19,8 +19,7 @@ def record_memory(
     ranks: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(ranks, rank_memory(model, optimizer, device))
     if torch.distributed.get_rank() == 0:
-        with writing(path):
-            path.write_text(json.dumps({"step": step, "vocab_size": vocab_size, "ranks": ranks}, indent=1) + "\n")
+        write_text(path, json.dumps({"step": step, "vocab_size": vocab_size, "ranks": ranks}, indent=1) + "\n")
 
 
 def rank_memory(model: list[Any], optimizer: Any, device: torch.device) -> dict[str, Any]:

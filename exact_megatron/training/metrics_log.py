@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ..allocation import WeightTable
 from ..exposure import ExposureCensus
-from ..utils.files import writing
+from ..utils.files import write_text, writing
 from .config import RunConfig
 
 
@@ -34,8 +34,7 @@ class RunLog:
         self.console = console
         self.run_dir = run_dir = Path(run.exp_manager.exp_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        with writing(run_dir / "config.yaml"):
-            (run_dir / "config.yaml").write_text(run.to_yaml())
+        write_text(run_dir / "config.yaml", run.to_yaml())
         self.metrics, _ = _truncated(run_dir / "metrics.jsonl", step)
         # The step of the last validation that is kept; None: there was none.
         self.validations, self.validated = _truncated(run_dir / "validation.jsonl", step)
@@ -47,8 +46,7 @@ class RunLog:
         if table is not None:
             assert census is not None
             facts = {"census": census.digest, "digest": table.digest, "buckets": table.rows()}
-            with writing(run_dir / "weights.json"):
-                (run_dir / "weights.json").write_text(json.dumps(facts, indent=1))
+            write_text(run_dir / "weights.json", json.dumps(facts, indent=1))
         self.started = time.monotonic()
         self.first = step
 
@@ -101,18 +99,25 @@ def _digits(loss: float | None) -> str:
 
 
 def _truncated(path: Path, step: int) -> tuple[Any, int | None]:
-    """Open for appending, without the lines after `step` that a killed run wrote behind its last checkpoint; and the last line's step."""
-    kept = []
-    last = None
-    if path.is_file():
-        for text in path.read_text().splitlines():
-            try:
-                found = json.loads(text)["step"]
-            except json.JSONDecodeError:  # cut off by a kill
-                break
-            if found <= step:
-                kept.append(text)
-                last = found
-    with writing(path):
-        path.write_text("".join(line + "\n" for line in kept))
+    """Open for appending, without the lines after `step` that a killed run wrote behind its last checkpoint; and the last line's step.
+
+    Raises:
+        ValueError: a line is damaged; names it. One without an end was cut off by a kill, and is dropped.
+    """
+    kept, last = list[str](), None
+    *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode()
+            found = json.loads(text)["step"]
+            if type(found) is not int:
+                raise TypeError(f"step {found!r}")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(
+                f"{path}, line {number}, is no record of a step ({error}): mend it, or move the file away to begin a new one"
+            ) from None
+        if found <= step:
+            kept.append(text)
+            last = found
+    write_text(path, "".join(line + "\n" for line in kept))
     return path.open("a"), last

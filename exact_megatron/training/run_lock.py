@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ExactError
+from ..utils.files import writing
 
 NAME = "run.lock"
 PREDECESSOR_SECONDS = 150.0  # an NFSv4 server takes a dead client's locks back after its lease, 90 s by default
@@ -36,12 +37,17 @@ def only_writer(folder: str | Path, remedy: str = "exp_manager.exp_dir=ANOTHER")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
-    descriptor = _acquire(path, remedy)
+    descriptor = None
     try:
+        with writing(path):
+            descriptor = _acquire(path, remedy)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(_myself()).encode(), 0)
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held, see _acquire
-        os.close(descriptor)
+        if descriptor is not None:
+            path.unlink(missing_ok=True)  # while it is held, see _acquire
+            os.close(descriptor)
         with suppress(OSError):  # not empty: something was written
             for path in made:
                 path.rmdir()
@@ -82,8 +88,6 @@ def _acquire(path: Path, remedy: str) -> int:
         except FileNotFoundError:
             same = False
         if same:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(_myself()).encode(), 0)
             return descriptor
         os.close(descriptor)  # its last holder removed it between our open and our lock
 

@@ -1,4 +1,4 @@
-"""Errors of the file system that say which file."""
+"""Reading and writing files, with errors that say which file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .settings_file import json_object
+
+STDOUT = "standard output"  # what an error calls it
 
 
 @contextmanager
@@ -43,14 +47,29 @@ def changed_settings(one: Mapping[str, Any], other: Mapping[str, Any], prefix: s
     return changed
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    Path(f"{path}.tmp").write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(f"{path}.tmp", path)
-
-
-def read_json(path: str | Path) -> Any:
-    """The parsed file, or {} where it is missing or damaged."""
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file whole or not at all; an OSError names it. What is no regular file (/dev/stdout) is written to directly."""
+    path = os.path.realpath(path)  # a link stays one
+    direct = os.path.exists(path) and not os.path.isfile(path)
+    target = path if direct else f"{path}.tmp"
     try:
-        return json.loads(Path(path).read_bytes())
-    except (FileNotFoundError, ValueError):
+        with writing(path):
+            Path(target).write_text(text, "utf-8")
+            if not direct:
+                os.replace(target, path)
+    except BaseException:
+        if not direct:
+            Path(target).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is no such file. Raises ValueError, naming it, where it is damaged."""
+    try:
+        return json_object(path)
+    except FileNotFoundError:
         return {}

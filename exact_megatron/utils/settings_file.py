@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 MOST_VALUES = 100_000  # of a settings file with its aliases written out; what expands further is an attack or a mistake
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a settings file.
 
     Raises:
@@ -123,7 +124,7 @@ def _check(name: str, node: Any, above: set[int], sizes: dict[int, int]) -> int:
     return size
 
 
-def json_object(path: str | Path) -> dict[str, Any]:
+def json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:

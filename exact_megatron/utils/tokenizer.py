@@ -100,7 +100,7 @@ UNKNOWN = Identity(None, "nothing is recorded")
 def data_identity(prefix: str) -> Identity:
     """What PREFIX.json says of the tokenizer that made the data."""
     facts = read_json(f"{prefix}.json")
-    if not isinstance(facts, dict) or not facts:
+    if not facts:
         return Identity(None, f"no {prefix}.json")
     name = facts.get("tokenizer")
     return Identity(facts.get("tokenizer_identity"), f"{prefix}.json{f', tokenizer {name}' if name else ''}")

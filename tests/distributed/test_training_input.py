@@ -318,3 +318,30 @@ def test_blends_of_two_tokenizers_are_refused(folder):
     assert read(a, b, **{"model.data.accept_other_tokenizer": "true"}).tokenizers[b].digest == "bb"
     assert read(a, c, d).tokenizers[d].digest is None
     assert "tokenizers" not in read(a).unique_identifiers  # which names Megatron's caches
+
+
+def test_an_accepted_tokenizer_may_have_another_vocabulary(folder):
+    from exact_megatron.training.data_files import read_vocabulary
+
+    def read(*names, **more):
+        overrides = [f"model.data.data_prefix=[{','.join(names)}]", *(f"model.{k}={v}" for k, v in more.items())]
+        return read_vocabulary(load_config(folder / "tiny.yaml", overrides), scan=False)
+
+    accept = {"data.accept_other_tokenizer": "true"}
+    small, large = identified(folder, "small", "aa"), identified(folder, "large", "bb")
+    facts = json.loads((folder / "large.json").read_text())
+    (folder / "large.json").write_text(json.dumps(facts | {"vocab_size": 128}))
+    for order in ((small, large), (large, small)):
+        assert read(*order, **accept).vocab_size == 128
+        assert read(*order, override_vocab_size=512, **accept).vocab_size == 512
+        with pytest.raises(ValueError, match="override_vocab_size=100 is below the 128 tokens of .*large's"):
+            read(*order, override_vocab_size=100, **accept)
+    (folder / "large.json").write_text(json.dumps(facts | {"vocab_size": 128, "tokenizer_identity": None}))
+    with pytest.raises(
+        ValueError, match="large.json says vocab_size 128, .*small.json says 96: .*accept_other_tokenizer=true"
+    ):
+        read(small, large)
+    (folder / "large.json").write_text(json.dumps(facts | {"eod_id": 5}))
+    with pytest.raises(ValueError, match="large.json says eod_id 5, .*small.json says 0: set model.data.eod_id"):
+        read(small, large, **accept)
+    assert read(small, large, **accept, **{"data.eod_id": 5}).eod == 5

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from exact_megatron.convert.config_json import FAMILIES as KNOWN
 from exact_megatron.convert.config_json import model_settings
-from exact_megatron.convert.convert import hf_to_megatron, megatron_to_hf
+from exact_megatron.convert.convert import _whole, hf_to_megatron, megatron_to_hf
 from exact_megatron.convert.weights import HuggingFaceWeights
 from tests.helpers import hf_models
 from tests.helpers.hf_models import FAMILIES, LLAMA3, TOKENIZER, edit, make, tensors
@@ -342,6 +342,37 @@ def test_files_that_are_not_there(models, tmp_path):
         megatron_to_hf(tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match="the model has 2 KV heads"):
         hf_to_megatron(models / "llama3", tmp_path / "out", pad_kv_heads=1)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}']
+)
+def test_a_damaged_index_is_named(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model.safetensors.index.json .*: fetch the model again"):
+        HuggingFaceWeights(tmp_path, {})
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 99)
+    with pytest.raises(ValueError, match=f"{tmp_path}/model.safetensors is damaged"):
+        HuggingFaceWeights(tmp_path, {})
+
+
+def test_one_conversion_writes_an_output(tmp_path):
+    """Record locks are of a process: the other conversion is one."""
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "left").write_text("by a conversion that was killed")
+    imports = "from exact_megatron.convert.convert import _whole\nfrom pathlib import Path\n"
+    script = f"{imports}with _whole(Path({str(tmp_path / 'out')!r})): pass"
+    with _whole(tmp_path / "out") as folder:
+        assert [path.name for path in folder.iterdir()] == ["run.lock"]
+        (folder / "config.json").write_text("{}")
+        other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert "is in use: a run on host" in other.stderr and "another OUTPUT" in other.stderr
+        assert (folder / "config.json").is_file()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/config.json"]
 
 
 def test_shards_without_their_index_are_read_when_all_are_there(tmp_path):

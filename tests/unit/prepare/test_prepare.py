@@ -3,6 +3,7 @@
 import argparse
 import bz2
 import codecs
+import errno
 import gzip
 import json
 import lzma
@@ -182,6 +183,90 @@ def test_json_that_is_not(tmp_path, content, message):
     with raises(ValueError, "a.json", message):
         for shard in corpus.cut_shards([corpus._file("a.json", str(path))], 1 << 20):
             list(corpus.read_documents(shard, "text"))
+
+
+RECORDS = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+
+
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("x.jsonlines", RECORDS),
+        ("x.JL", RECORDS),
+        ("x", RECORDS),
+        ("x.txt", codecs.BOM_UTF8 + b"\n" + RECORDS),
+        ("x.txt.gz", gzip.compress(RECORDS)),
+        ("x.gz", gzip.compress(RECORDS)),
+        ("x.data", json.dumps([json.loads(line) for line in RECORDS.splitlines()], indent=1).encode()),
+    ],
+)
+def test_json_records_under_another_name_are_records(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    files, _ = corpus.list_files([str(tmp_path / name)])
+    assert [
+        text for shard in corpus.cut_shards(files, 999) for _, text, *_ in corpus.read_documents(shard, "text")
+    ] == TEXTS
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1] A list\n[2] of references\n", "{} x\n{}\n", '{"a": 1}\nsome words\n{"b": 2}\n', "[1, 2]\n[3]\n", "{", "["],
+)
+def test_text_that_begins_like_json_is_a_document(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    files, _ = corpus.list_files([str(tmp_path / "a.txt")])
+    (shard,) = corpus.cut_shards(files, 1 << 20)
+    assert [found[1] for found in corpus.read_documents(shard, "text")] == [text]
+
+
+def test_records_of_another_key_are_named(tmp_path):
+    (tmp_path / "a.txt").write_text('{"content": "x"}\n{"content": "y"}\n')
+    with raises(ValueError, "no 'text' (--text-key)", "which has 'content'"):
+        prepare(
+            tmp_path / "a.txt",
+            tmp_path / "out",
+            tokenizer=save_tokenizer(tmp_path / "tok", config={"eos_token": "</s>"}),
+        )
+
+
+def read_lines(path, content):
+    path.write_text(content)
+    (shard,) = corpus.cut_shards(corpus.list_files([str(path)])[0], 1 << 20)
+    return list(corpus.read_documents(shard, "text"))
+
+
+def test_json_texts_are_treated_as_texts_of_files(tmp_path):
+    path = tmp_path / "a.jsonl"
+    (one, two, three) = read_lines(
+        path, '{"text": "\ufeffa"}\n{"text": "b\\u0000"}\n{"x": {"text": 1, "text": 2}, "text": "c"}\n'
+    )
+    assert one[1:3] == ("a", "") and three[1:3] == ("c", "")
+    assert two[1:] == ("", "binary", corpus.LeftOut(str(path), "binary (it holds NUL bytes)", 1, f"{path}:2"))
+    with raises(ValueError, f"{path}:1", "'text' (--text-key) is given twice"):
+        read_lines(path, '{"text": "a", "m": {"text": 1}, "text": "b"}')
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_a_compressed_file_under_another_name_is_named_so(tmp_path, suffix):
+    path = tmp_path / f"a.txt{suffix}.bak"
+    path.write_bytes(PACK[suffix](b"some text"))
+    (shard,) = corpus.cut_shards(corpus.list_files([str(path)])[0], 1 << 20)
+    ((*_, note, left),) = corpus.read_documents(shard, "text")
+    assert note == "binary" and left.reason == f"binary (its content is {suffix}: rename it so)"
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(*args, **more):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "in.txt").write_text("some text " * 99)
+    tokenizer = save_tokenizer(tmp_path / "tok", config={"eos_token": "</s>"})
+    builder = "megatron.core.datasets.indexed_dataset.IndexedDatasetBuilder."
+    for method, named in (("add_document", ".bin"), ("finalize", ".bin"), ("add_index", "joined.bin")):
+        with monkeypatch.context() as patch:
+            patch.setattr(builder + method, full)
+            with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/out.parts/.*{named}'"):
+                prepare(tmp_path / "in.txt", tmp_path / "out", tokenizer=tokenizer)
 
 
 def test_long_json_values_are_scanned_in_linear_time(tmp_path):

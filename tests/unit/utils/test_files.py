@@ -6,9 +6,12 @@ import os
 
 import pytest
 
+from exact_megatron.cli import main
 from exact_megatron.exposure import ExposureCensus
-from exact_megatron.training.metrics_log import RunLog
-from exact_megatron.utils.files import writing
+from exact_megatron.training import run_lock
+from exact_megatron.training.metrics_log import RunLog, _truncated
+from exact_megatron.utils.files import read_json, write_json, write_text, writing
+from exact_megatron.utils.tokenizer import data_identity, folder_identity
 
 
 def test_a_full_disk_names_the_log():
@@ -40,3 +43,77 @@ def test_a_census_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=f"{tmp_path}/census.json"):
         census.save(tmp_path / "census.json")
     assert not list(tmp_path.iterdir())
+
+
+def full(*args, **more):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, link = tmp_path / "a.json", tmp_path / "link"
+    link.symlink_to(path)
+    write_json(link, {"a": 1})
+    assert link.is_symlink() and read_json(path) == {"a": 1}
+    with pytest.raises(OSError, match=r"\[Errno 28\] .*: '/dev/full'"):
+        write_text("/dev/full", "x")
+    assert not os.path.isfile("/dev/full")
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        write_text(path, "x")
+    assert sorted(tmp_path.iterdir()) == [path, link] and read_json(path) == {"a": 1}
+
+
+@pytest.mark.parametrize("command", [[], ["--json", "-"], ["--json", "/dev/full"]])
+def test_a_census_without_room_names_where_it_was_written(tmp_path, monkeypatch, capsys, command):
+    np = pytest.importorskip("numpy")
+    builder = pytest.importorskip("megatron.core.datasets.indexed_dataset").IndexedDatasetBuilder
+    data = builder(str(tmp_path / "x.bin"), dtype=np.uint16)
+    data.add_document(np.ones(40, dtype=np.uint16), [40])
+    data.finalize(str(tmp_path / "x.idx"))
+    with open("/dev/full", "w") as output, monkeypatch.context() as patch:
+        if "/dev/full" not in command:
+            patch.setattr("sys.stdout", output)
+        assert main(["census", str(tmp_path / "x"), "--seq-length", "16", *command]) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        where = "/dev/full" if "/dev/full" in command else "standard output"
+        assert len(said) == 1 and said[0].endswith(f"[Errno 28] No space left on device: '{where}'")
+
+
+def test_a_lock_without_room_names_its_file_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", full)
+    with (
+        pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/run/run.lock'"),
+        run_lock.only_writer(tmp_path / "run"),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_log_of_a_killed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}).encode() for step in (1, 2, 3)]
+    path.write_bytes(b"\n".join(lines) + b'\n{"step": 4, "x": "\xff')
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match=f"'{path}'"):
+            _truncated(path, 2)
+    assert path.read_bytes().startswith(b"\n".join(lines))  # nothing was lost on the way
+    file, last = _truncated(path, 2)
+    file.close()
+    assert last == 2 and path.read_bytes() == b"\n".join(lines[:2]) + b"\n"
+    for bad in (b"\xff", b"[]", b"{}", b'{"step": "1"}', b"", b"{"):
+        path.write_bytes(b"\n".join([lines[0], bad, lines[1]]) + b"\n")
+        with pytest.raises(ValueError, match=f"{path}, line 2, is no record"):
+            _truncated(path, 9)
+
+
+def test_a_damaged_record_of_a_tokenizer_is_named(tmp_path):
+    assert read_json(tmp_path / "none.json") == {} and data_identity(str(tmp_path / "none")).digest is None
+    for text in ("{", "[]", "null", "\xff"):
+        for name, read in (
+            ("x.json", lambda: data_identity(str(tmp_path / "x"))),
+            ("tokenizer_identity.json", lambda: folder_identity(tmp_path)),
+        ):
+            (tmp_path / name).write_text(text, "latin-1")
+            with pytest.raises(ValueError, match=f"{tmp_path}/{name}"):
+                read()
