@@ -193,6 +193,15 @@ def parse_scalar(text: str) -> Any:
     return text.strip("'\"")
 
 
+def parse_scalars(value: Any) -> Any:
+    """`parse_scalar` of a text, and of every text in a list or the values of a mapping."""
+    if isinstance(value, str):
+        return parse_scalar(value)
+    if isinstance(value, list):
+        return [parse_scalars(entry) for entry in value]
+    return {key: parse_scalars(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+
+
 def as_mapping(key: str, block: Any) -> dict[str, Any]:
     """A block of settings as a dict; none is an empty one.
 
@@ -202,7 +211,7 @@ def as_mapping(key: str, block: Any) -> dict[str, Any]:
     if block is None:
         return {}
     if not isinstance(block, Mapping):
-        raise ValueError(f"{key}={shown(block)} is not a block of keys and values")
+        raise ValueError(f"{key}={shown(parse_scalars(block))} is not a block of keys and values")
     return {str(name): value for name, value in block.items()}
 
 

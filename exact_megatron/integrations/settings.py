@@ -18,6 +18,7 @@ from ..config import (
     QKTimingConfig,
     as_mapping,
     parse_scalar,
+    parse_scalars,
     split_overrides,
     unknown_key,
 )
@@ -180,10 +181,10 @@ def take_timing(
 
 
 def read_block(block: Mapping[str, Any] | None, prefix: str = PREFIX) -> dict[str, Any]:
-    """A block of settings of a YAML file as values; YAML 1.1 reads 1e-8 as a string.
+    """A block of settings of a YAML file as values; its numbers are text still.
 
     Raises:
         ValueError: it is a list, a word or a number.
     """
     values = as_mapping(prefix.rstrip("."), block)
-    return {key: parse_scalar(value) if isinstance(value, str) else value for key, value in values.items()}
+    return {key: parse_scalars(value) for key, value in values.items()}

@@ -10,7 +10,7 @@ from typing import Any, Union
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..config import parse_scalar, unknown_key
+from ..config import parse_scalars, unknown_key
 from ..ranges import block_of, range_of, settings, shown
 from ..utils.settings_file import yaml_value, yaml_values
 from .checks import check
@@ -116,7 +116,7 @@ def _refuse_unknown(given: dict[Any, Any], prefix: str = "") -> None:
             raise ValueError(f"{key} has dots in a file or in braces: write it as blocks, {_as_blocks(key)}")
         if key in BLOCKS:
             if not isinstance(value, dict):
-                raise ValueError(f"{key}={shown(value)} is not a block of keys and values")
+                raise ValueError(f"{key}={shown(parse_scalars(value))} is not a block of keys and values")
             _refuse_unknown(value, key + ".")
         elif key not in KEYS:
             raise ValueError(unknown_key(key, KEYS))
@@ -148,8 +148,8 @@ def _build(block: type, values: Any, prefix: str = "") -> Any:
             made[field.name] = _build(inner, value, key + ".")
             continue
         allowed = range_of(field)
-        if isinstance(value, str) and not allowed.text:  # quoted in the file, or from the environment
-            value = parse_scalar(value)
+        if not allowed.text:
+            value = parse_scalars(value)
         made[field.name] = allowed.accept(key, value)
     return block(**made)
 

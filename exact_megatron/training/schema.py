@@ -61,7 +61,7 @@ def _blend(value: Any) -> Any:
 _PREFIXES = "a prefix, [prefix, ...] or [weight, prefix, ...], or these by split, {train: ..., validation: ...}"
 _SHARE = r"\s*([0-9]{1,18}(\.[0-9]*)?|\.[0-9]+)\s*"
 _SHARES = rf"{_SHARE}([,/]{_SHARE}){{0,2}}"
-_WEIGHT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_WEIGHT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.?(nan|inf)", re.IGNORECASE)
 
 
 @dataclass

@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
         (["trainer.max_step=3"], "did you mean trainer.max_steps"),
         (["trainer.max_steps"], "expected key=value, got 'trainer.max_steps'"),
         (["trainer.max_steps=few"], "trainer.max_steps='few' is not a whole number"),
-        (["trainer.precision=16"], "trainer.precision=16 is not one of 32, bf16"),
+        (["trainer.precision=16"], "trainer.precision='16' is not one of 32, bf16"),
         (["trainer.max_steps=0"], "trainer.max_steps=0 is not a whole number of at least 1"),
         (["model.tensor_model_parallel_size=2"], "1 ranks .* cannot be divided into groups of tensor 2"),
         (["model.global_batch_size=6", "model.micro_batch_size=4"], "global_batch_size=6 must be a multiple of .* = 4"),
@@ -80,7 +80,7 @@ def folder(tmp_path_factory):
         (["model.optim.sched.min_lr=1"], "min_lr=1.0 is above model.optim.lr=0.005"),
         (["model.data.splits_string=abc"], "splits_string='abc' is not up to three shares"),
         (["model.kv_channels=0"], "model.kv_channels=0 is not a whole number of at least 1, or null"),
-        (["model.data.data_prefix={train:[/x]}"], "is not YAML"),
+        (["model.data.data_prefix={train: [/x]"], "is not YAML"),
     ],
 )
 def test_settings_are_refused_before_anything_starts(folder, overrides, message):

@@ -201,7 +201,7 @@ def test_spellings_that_mean_a_value(tmp_path, monkeypatch):
             "high_freq_factor=4 must be above model.rope_scaling.low_freq_factor=4",
         ),
         (["model.data.data_prefix=[x, '']"], r"data_prefix=\['x', ''\] is not a prefix"),
-        (["model.data.data_prefix=[.nan, x]"], r"data_prefix=\[nan, 'x'\] is not a prefix"),
+        (["model.data.data_prefix=[.nan, x]"], r"data_prefix=\['.nan', 'x'\] is not a prefix"),
     ],
 )
 def test_overrides_are_refused_by_name(overrides, message):
