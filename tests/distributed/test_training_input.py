@@ -324,6 +324,7 @@ def test_an_accepted_tokenizer_may_have_another_vocabulary(folder):
     from exact_megatron.training.data_files import read_vocabulary
 
     def read(*names, **more):
+        more = {"override_vocab_size": "null", **more}
         overrides = [f"model.data.data_prefix=[{','.join(names)}]", *(f"model.{k}={v}" for k, v in more.items())]
         return read_vocabulary(load_config(folder / "tiny.yaml", overrides), scan=False)
 
