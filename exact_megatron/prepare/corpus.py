@@ -535,10 +535,11 @@ def read_documents(
     if shard.first_record == 1 and not shard.data.strip() and want(source.name):
         yield source.name, "", "empty", LeftOut(source.path, "it holds no record")
     for number, line in enumerate(shard.data.split(b"\n"), shard.first_record):
+        line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip() or not want(name := f"{source.name}:{number}"):
             continue
         where = WHERE[source.kind].format(source.path, number)
-        decoded, note = _decode(line.removeprefix(codecs.BOM_UTF8))
+        decoded, note = _decode(line)
         try:
             record, twice = _record(decoded, key)
         except (ValueError, RecursionError) as error:

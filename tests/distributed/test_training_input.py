@@ -324,6 +324,7 @@ def test_an_accepted_tokenizer_may_have_another_vocabulary(folder):
     from exact_megatron.training.data_files import read_vocabulary
 
     def read(*names, **more):
+        more = {"override_vocab_size": "null", "data.eod_id": "null", **more}
         overrides = [f"model.data.data_prefix=[{','.join(names)}]", *(f"model.{k}={v}" for k, v in more.items())]
         return read_vocabulary(load_config(folder / "tiny.yaml", overrides), scan=False)
 
@@ -338,10 +339,10 @@ def test_an_accepted_tokenizer_may_have_another_vocabulary(folder):
             read(*order, override_vocab_size=100, **accept)
     (folder / "large.json").write_text(json.dumps(facts | {"vocab_size": 128, "tokenizer_identity": None}))
     with pytest.raises(
-        ValueError, match="large.json says vocab_size 128, .*small.json says 96: .*accept_other_tokenizer=true"
+        ValueError, match="small.json says vocab_size 96, .*large.json says 128: .*accept_other_tokenizer=true"
     ):
         read(small, large)
     (folder / "large.json").write_text(json.dumps(facts | {"eod_id": 5}))
-    with pytest.raises(ValueError, match="large.json says eod_id 5, .*small.json says 0: set model.data.eod_id"):
+    with pytest.raises(ValueError, match="small.json says eod_id 0, .*large.json says 5: set model.data.eod_id"):
         read(small, large, **accept)
     assert read(small, large, **accept, **{"data.eod_id": 5}).eod == 5

@@ -369,7 +369,7 @@ def test_one_conversion_writes_an_output(tmp_path):
     with _whole(tmp_path / "out") as folder:
         assert [path.name for path in folder.iterdir()] == ["run.lock"]
         (folder / "config.json").write_text("{}")
-        other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        other = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True)
         assert "is in use: a run on host" in other.stderr and "another OUTPUT" in other.stderr
         assert (folder / "config.json").is_file()
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/config.json"]

@@ -154,7 +154,7 @@ JSON = [{"text": text, "n": i} for i, text in enumerate(TEXTS)]
 def test_json_is_read_by_what_it_holds(tmp_path, content, block):
     path = tmp_path / "a.json"
     path.write_text(content)
-    file = corpus._file("a.json", str(path))
+    file = corpus._file("a.json", str(path), "text")
     lines = b"".join(
         line for line, _ in (corpus._value_lines if file.kind == "values" else corpus._blocks)(str(path), block)
     )
@@ -181,7 +181,7 @@ def test_json_that_is_not(tmp_path, content, message):
     path = tmp_path / "a.json"
     path.write_text(content)
     with raises(ValueError, "a.json", message):
-        for shard in corpus.cut_shards([corpus._file("a.json", str(path))], 1 << 20):
+        for shard in corpus.cut_shards([corpus._file("a.json", str(path), "text")], 1 << 20):
             list(corpus.read_documents(shard, "text"))
 
 
@@ -221,7 +221,7 @@ def test_text_that_begins_like_json_is_a_document(tmp_path, text):
 
 def test_records_of_another_key_are_named(tmp_path):
     (tmp_path / "a.txt").write_text('{"content": "x"}\n{"content": "y"}\n')
-    with raises(ValueError, "no 'text' (--text-key)", "which has 'content'"):
+    with raises(ValueError, "no 'text' .--text-key.", "which has 'content'"):
         prepare(
             tmp_path / "a.txt",
             tmp_path / "out",
@@ -242,7 +242,7 @@ def test_json_texts_are_treated_as_texts_of_files(tmp_path):
     )
     assert one[1:3] == ("a", "") and three[1:3] == ("c", "")
     assert two[1:] == ("", "binary", corpus.LeftOut(str(path), "binary (it holds NUL bytes)", 1, f"{path}:2"))
-    with raises(ValueError, f"{path}:1", "'text' (--text-key) is given twice"):
+    with raises(ValueError, f"{path}:1", "'text' .--text-key. is given twice"):
         read_lines(path, '{"text": "a", "m": {"text": 1}, "text": "b"}')
 
 
