@@ -19,7 +19,7 @@ from .allocation import WeightTable
 from .blend import member_samples, split_tokens
 from .config import ExactConfig, ExactError
 from .exposure import ExposureCensus
-from .loss import ExactLoss
+from .loss import ExactLoss, proving_context
 from .packing import check_index, misplaced_sample, reaching_samples, read_index, sample_pieces
 
 logger = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
                 now.
             ExactError: no loss function is hooked, or the caches cannot be written.
         """
-        from_rank_0(self._check_files)
+        from_rank_0(self.check_files)
         try:
             datasets = super().build()
         except Exception as error:
@@ -268,7 +268,7 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
         if self.exact.enabled:
             self.census = from_rank_0(lambda: self._census(datasets[0]))
             self.table = WeightTable.from_census(self.census, self.exact)
-            least = int(self.table.edges[self.table.tail[0]])
+            _, least = proving_context(self.table)
             self.loss.bind(self.table, from_rank_0(lambda: _longest_gap(datasets[0], least)))
         for member in members(datasets):
             member.emit_cu_seqlens = self.emit_cu_seqlens
@@ -280,8 +280,9 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
     def _whole_documents(self) -> bool:
         return self.exact.enabled or self.emit_cu_seqlens
 
-    def _check_files(self) -> None:
-        """Before Megatron packs by them: lengths that are wrong may crash it, or let it look for enough tokens for ever."""
+    def check_files(self) -> None:
+        """Raise ValueError as `build`, on the .idx files. Before Megatron packs by them: wrong lengths may crash it, or let it look
+        for enough tokens for ever."""
         for blend in [self.config.blend, *(self.config.blend_per_split or [])]:
             for prefix in blend[0] if blend else []:
                 if "://" not in prefix:  # object storage, see _check_indices
@@ -393,6 +394,8 @@ def _permutation(index: np.ndarray, size: int) -> bool:
 
 def _longest_gap(train: Any, least: int) -> int:
     """Most samples in a row, in the order in which they are drawn, without a target of effective context `least` or more."""
+    if least > train.config.sequence_length:  # alpha=0: no weight tells such a target from others
+        return 0
     if isinstance(train, BlendedDataset):
         if train.dataset_index is None:  # defer_npy_index_mmap
             train[0]

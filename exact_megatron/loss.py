@@ -56,17 +56,16 @@ class ExactLoss:
         self._least_mark = 0
         self._patience = math.inf
         self._batches = 0
-        self._counts: torch.Tensor | None = (
-            None  # float64: targets and tail weights while training, strange weights, one of them
-        )
+        # float64: targets and tail weights seen in training since a tail weight was looked for; strange weights, one of them
+        self._counts: torch.Tensor | None = None
 
     def bind(self, table: WeightTable, longest_gap: int = 0) -> None:
         """Take the table whose weights the batches will carry.
 
         Args:
             table: of the training stream.
-            longest_gap: samples that the stream has in a row, in the order in which they are drawn, without a target in the
-                tail; 0 where that is not known.
+            longest_gap: samples that the stream has in a row, in the order in which they are drawn, without a target of
+                `proving_context`; 0 where that is not known.
 
         Raises:
             ExactError: no loss function has been wrapped, so that the weights would be read as fractions of targets.
@@ -78,7 +77,7 @@ class ExactLoss:
             )
         self.table = table
         self._marks = torch.from_numpy(table.marks)
-        self._least_mark, self._patience = _patience(table, longest_gap)
+        self._least_mark, self._patience = proving_context(table)[0], _patience(table, longest_gap)
         self._batches = 0
         self._counts = None
 
@@ -210,29 +209,30 @@ class ExactLoss:
             )
 
 
-def _patience(table: WeightTable, longest_gap: int) -> tuple[int, float]:
-    """How many targets without a weight of the tail are a fault.
+def proving_context(table: WeightTable) -> tuple[int, int]:
+    """From where on a weight can only be the table's: (number of a mark, least effective context that it marks).
 
-    Counted are the marks from the first one on after which none is 1 (unweighted data have 1s too). Of their targets, c of the
-    stream's n, one sample holds at most m = S + 1 - a with a their least effective context, so that c / m samples or more have
-    one, and a sample drawn at random has none with probability <= 1 - (c / m) / samples. V targets are those of V / n * samples
-    samples, all of which are without with probability <= exp(-V c / (n m)): 1e-12 at V = 27.6 n m / c. That holds for samples in
-    random order, which Megatron's are, but for blends and a last epoch of some documents only: a longer gap in the order in which
-    they are drawn is allowed for, twice.
-
-    Returns:
-        (number of the first mark counted, targets); infinite where nothing tells weighted data from unweighted.
+    Those are the marks behind the last one that is exactly 1, which unweighted data have too; (len(marks), S + 1) if there is none.
     """
-    ones = [i + 1 for i, mark in enumerate(table.marks) if mark == 1]
-    first = ones[-1] if ones else 0
-    if first == len(table.marks):
-        return first, math.inf
-    least = int(table.edges[table.tail[first]])
+    first = max((i + 1 for i, mark in enumerate(table.marks) if mark == 1), default=0)
+    return first, int(table.edges[table.tail[first]]) if first < len(table.marks) else table.seq_length + 1
+
+
+def _patience(table: WeightTable, longest_gap: int) -> float:
+    """How many targets without a weight of `proving_context` are a fault; infinite where nothing tells weighted data from others.
+
+    Of the stream's n targets c have such a weight. One sample holds at most m = S + 1 - a of them, with a their least effective
+    context, so that c / m samples or more have one, and a sample drawn at random has none with probability <= 1 - (c / m) / samples.
+    V targets are those of V / n * samples samples, all of which are without with probability <= exp(-V c / (n m)): 1e-12 at
+    V = 27.6 n m / c. That holds for samples in random order, which Megatron's are, but for blends and a last epoch of some documents
+    only: a longer gap in the order in which they are drawn is allowed for, twice.
+    """
+    _, least = proving_context(table)
     tail, targets = int(table.counts[least:].sum()), int(table.counts.sum())
     if not tail:
-        return first, math.inf
+        return math.inf
     chance = -math.log(1e-12) * targets / tail * (table.seq_length + 1 - least)
-    return first, max(chance, 2.0 * longest_gap * table.seq_length)
+    return max(chance, 2.0 * longest_gap * table.seq_length)
 
 
 def gpt_loss(

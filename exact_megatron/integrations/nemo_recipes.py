@@ -20,7 +20,7 @@ import torch
 
 from ..attention.supported import unsupported_loss
 from ..config import ExactError, QKTimingConfig
-from ..dataset import ExactDatasetBuilder, ExactGPTDataset, members
+from ..dataset import ExactDatasetBuilder, ExactGPTDataset, from_rank_0, members
 from ..loss import ExactLoss, gpt_loss
 from ..packing import read_index
 from .checkpoint_guard import check_resumed, refuse_unweighted, table_lines
@@ -140,6 +140,7 @@ class ExactCallback(Callback):
             loss=self.loss,
             emit_cu_seqlens=self.masked,
         )
+        from_rank_0(builder.check_files)
         builder.weight(splits)
         assert builder.table is not None and builder.census is not None
         self.state = {**self.config.to_dict(), "table": builder.table.digest, "census": builder.census.digest}

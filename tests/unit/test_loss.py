@@ -189,7 +189,7 @@ def test_batches_are_no_more_often_out_of_luck_than_derived():
     counts = np.zeros(S + 1, np.int64)
     counts[:16], counts[16:] = 1000, 1
     table = WeightTable.from_counts(counts, S, tau=16)
-    _, patience = _patience(table, 0)
+    patience = _patience(table, 0)
     samples = counts.sum() / S
     worst = counts[16:].sum() / (S + 1 - 16) / samples  # all tail targets in as few samples as can hold them
     assert (1 - worst) ** (patience / S) <= 1e-12
