@@ -46,6 +46,11 @@ class ExactLoss:
             None  # float64: targets and tail weights while training, strange weights, one of them
         )
 
+    @property
+    def batches(self) -> int:
+        """Micro-batches of training that the hook has seen since `bind`."""
+        return self._batches
+
     def bind(self, table: WeightTable, longest_gap: int = 0) -> None:
         """Take the table whose weights the batches will carry.
 

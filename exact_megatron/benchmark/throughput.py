@@ -34,7 +34,7 @@ from ..planning.memory import memory
 from ..planning.plan import GPU_MEMORY, PEAK_TFLOPS
 from ..utils.environment import GIB, machine
 from . import harness
-from .arms import Arm, prove_arms
+from .arms import Arm, Step, prove_arms, prove_steps, watch_step
 from .geometry import GEOMETRIES
 from .harness import SEED, Measured, Row, interleaved, interval
 from .one_rank import STEP_FORCED, twin
@@ -199,6 +199,7 @@ class Bench:
         trainer = self.trainer
         self.cuda = trainer.device.type == "cuda"
         self.peaks: dict[str, list[int]] = {name: [] for name in ARMS}  # bytes, a block
+        self.first: dict[str, Step] = {}  # the first step of each arm
         self.sizes: list[np.ndarray] = []  # of the documents' pieces, a step of the exact arm
         self.data = {
             "exact": Arm(trainer.train_data, trainer.loss_func),
@@ -227,7 +228,10 @@ class Bench:
     def step(self, name: str, loader: Iterator[Any]) -> None:
         """One training step of an arm."""
         self.trainer.loss_func, self.run.model.data.document_masking = self.data[name].loss_func, name != "causal"
-        self.trainer.train_step(loader)
+        if name in self.first:
+            self.trainer.train_step(loader)
+        else:
+            self.first[name] = watch_step(self.trainer, loader)
 
     def _watched(self, loader: Iterator[Any]) -> Iterator[Any]:
         """The loader's micro-batches of one step, their pieces noted."""
@@ -253,6 +257,7 @@ def measure_cell(cell: Cell, args: argparse.Namespace, layers: int, peak: float 
     """Steps of the three arms in turn; times in s, memory in GiB, TFLOP/s a GPU."""
     bench = Bench(cell, args, layers, folder, args.blocks + WARMUP_BLOCKS + 1)
     interleaved(bench.blocks, WARMUP_BLOCKS - 1)
+    prove_steps(bench.first, bench.proof)
     started = time.perf_counter()
     interleaved(bench.blocks, 1)
     rounds = blocks_of(args, time.perf_counter() - started)
