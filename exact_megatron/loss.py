@@ -59,6 +59,11 @@ class ExactLoss:
         # float64: targets and tail weights seen in training since a tail weight was looked for; strange weights, one of them
         self._counts: torch.Tensor | None = None
 
+    @property
+    def batches(self) -> int:
+        """Micro-batches of training that the hook has seen since `bind`."""
+        return self._batches
+
     def bind(self, table: WeightTable, longest_gap: int = 0) -> None:
         """Take the table whose weights the batches will carry.
 

@@ -1,6 +1,7 @@
 """Proof that the two arms of a comparison differ in EXACT's weights and in nothing else, given before either is timed or trained.
 
-Benchmarks prove the data and the loss function they are about to run. A paired training proves what its configurations build:
+Benchmarks prove the data and the loss function they are about to run (`prove_arms`), then what the first step of each arm, not
+counted, really read and did (`prove_steps`). A paired training proves what its configurations build:
 
     python -m exact_megatron.benchmark.arms OUT.json [--config FILE ...] [key=value ...]
 
@@ -13,7 +14,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ..training.schema import RunConfig
 
 BATCHES = 64  # a batch without a target in the tail proves nothing: so many are looked at
+DIFFERENCE = 1e-3  # of two weights, at least; what only marks the buckets differs by a rounding step
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,10 @@ def fingerprint(arm: Arm, samples: Sequence[int]) -> dict[str, Any]:
         loss: digest of the table that the hooked loss function reads, or None where it is not hooked.
         tokens: digest of tokens and labels.
         loss mask: digest.
+        weights: float64[samples, S], the loss masks.
         plain: whether the loss mask is 0 or 1 everywhere.
         tail weights: number of different weights in the table's tail; 0 with alpha = 0, where all weights are 1.
+        spread: largest less smallest weight of the table, among the effective contexts that its stream has.
         tail: number of targets with one of these weights.
         segments: number of the documents' parts in these samples; None where the samples carry no boundaries.
     """
@@ -75,8 +79,10 @@ def fingerprint(arm: Arm, samples: Sequence[int]) -> dict[str, Any]:
         "loss": None if hook is None else getattr(hook.table, "digest", "no table"),
         "tokens": digest(sample[key] for sample in read for key in ("tokens", "labels")),
         "loss mask": digest(masks),
+        "weights": np.stack(masks).astype(np.float64),
         "plain": all(np.isin(mask, (0, 1)).all() for mask in masks),
         "tail weights": len(marks),
+        "spread": 0.0 if table is None else float(np.ptp(table.lookup[table.counts > 0])),
         "tail": int(sum(np.isin(mask, marks).sum() for mask in masks)),
         "segments": sum(len(b) - 1 for b in boundaries) if boundaries else None,
     }
@@ -86,16 +92,19 @@ def prove_arms(exact: Arm, baseline: Arm, batch: int, unmasked: Arm | None = Non
     """Prove on the first batches that `exact` is weighted and `baseline` is not, on the same tokens.
 
     Args:
-        batch: samples of a batch; the first batch that has a target in the tail is the proof, of at most BATCHES.
+        batch: samples of a batch. The proof is the first batch, of at most BATCHES, that has a target in the tail and loss masks
+            that differ by DIFFERENCE or more, and with `unmasked` a sample of several segments.
         unmasked: a third arm, as `baseline` but with every sample as one document.
 
     Returns:
-        Digests for the result: {"samples", "tokens", "weight table", "tail targets", "loss mask of exact", "loss mask of baseline"}.
+        Digests and numbers for the result: {"samples", "tokens", "weight table", "tail targets", "largest difference" of the loss
+        masks, "loss mask of exact", "loss mask of baseline"}.
 
     Raises:
         ExactError: the arms do not differ as they must; says in what, and what to set.
     """
     count = min(BATCHES, len(exact.dataset) // batch)
+    tail, largest = 0, 0.0
     for first in range(0, count * batch, batch):
         samples = range(first, first + batch)
         own, other = fingerprint(exact, samples), fingerprint(baseline, samples)
@@ -109,21 +118,34 @@ def prove_arms(exact: Arm, baseline: Arm, batch: int, unmasked: Arm | None = Non
             _refuse_weighted(third, "causal", where)
             if third["tokens"] != other["tokens"] or third["segments"] is not None or other["segments"] is None:
                 raise _vacuous(f"the arm without document masks has other tokens or has boundaries in {where}")
-        if not own["tail"]:
+        difference = float(np.abs(own["weights"] - other["weights"]).max())
+        tail, largest = tail + own["tail"], max(largest, difference)
+        if not own["tail"] or difference < DIFFERENCE:
             continue
-        if own["loss mask"] == other["loss mask"]:
-            raise _vacuous(f"both arms have the loss mask {own['loss mask']} in {where}")
+        if unmasked is not None and other["segments"] == len(samples):
+            continue
         return {
             "samples": f"{first} to {first + batch - 1}",
             "tokens": own["tokens"],
             "weight table": own["weight table"],
             "tail targets": own["tail"],
+            "largest difference": round(difference, 6),
             "loss mask of exact": own["loss mask"],
             "loss mask of baseline": other["loss mask"],
         }
+    looked = f"the first {count} batches of {batch} samples"
+    if not tail:
+        raise _vacuous(
+            f"no target of {looked} lies in the tail, so that nothing is up-weighted: lower model.exact.tau, take longer "
+            "documents, or train longer than a batch"
+        )
+    if largest < DIFFERENCE:
+        raise _vacuous(
+            f"the loss masks differ by at most {largest:.3g} in {looked}, at least {DIFFERENCE:g} is needed: raise model.exact.alpha"
+        )
     raise _vacuous(
-        f"no target of the first {count} batches of {batch} samples lies in the tail, so that nothing is up-weighted: lower "
-        "model.exact.tau, take longer documents, or train longer than a batch"
+        f"every sample is a single segment in {looked} with a target in the tail, so that document masks change nothing: take "
+        "shorter documents or a longer window"
     )
 
 
@@ -141,6 +163,11 @@ def _refuse_unweighted(found: dict[str, Any]) -> None:
         )
     if not found["tail weights"]:
         raise _vacuous("all weights of the arm exact are 1: set model.exact.alpha above 0")
+    if found["spread"] < DIFFERENCE:
+        raise _vacuous(
+            f"the weights of the arm exact differ by {found['spread']:.3g}, at least {DIFFERENCE:g} is needed: raise "
+            "model.exact.alpha or model.exact.gamma, or set model.exact.tau above 0"
+        )
 
 
 def _refuse_weighted(found: dict[str, Any], name: str, where: str) -> None:
@@ -152,6 +179,82 @@ def _refuse_weighted(found: dict[str, Any], name: str, where: str) -> None:
         raise _vacuous(f"the loss function of the arm {name} is hooked: it takes the plain one")
     if not found["plain"]:
         raise _vacuous(f"the loss mask of the arm {name} has other values than 0 and 1 in {where}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one training step of an arm read and did.
+
+    Attributes:
+        tokens: digest of its micro-batches' tokens and labels.
+        weights: whether their loss masks have other values than 0 and 1.
+        boundaries: whether they carry the documents' boundaries.
+        table: digest of the table that the loss hook read; None where the hook did not run in every micro-batch.
+        hooked: micro-batches in which the loss hook ran.
+        weighted: whether the step's exact_loss is another than its lm_loss.
+    """
+
+    tokens: str
+    weights: bool
+    boundaries: bool
+    table: str | None
+    hooked: int
+    weighted: bool
+
+
+def watch_step(trainer: Any, loader: Iterator[Any]) -> Step:
+    """Train one step, of the arm that `trainer` is set to, and tell what it read and did. Slower than a step."""
+    read: list[dict[str, Any]] = []
+
+    def noted() -> Iterator[Any]:
+        for batch in loader:
+            read.append(batch)
+            yield batch
+
+    before = trainer.loss.batches
+    line = trainer.train_step(noted())
+    hooked, table = trainer.loss.batches - before, trainer.loss.table
+    return Step(
+        tokens=digest(batch[key] for batch in read for key in ("tokens", "labels")),
+        weights=not all(np.isin(batch["loss_mask"].numpy(), (0, 1)).all() for batch in read),
+        boundaries=any("boundaries" in batch for batch in read),
+        table=table.digest if table and hooked == len(read) else None,
+        hooked=hooked,
+        weighted=line["exact_loss"] != line["lm_loss"],
+    )
+
+
+def prove_steps(steps: dict[str, Step], proof: dict[str, Any]) -> None:
+    """Prove that the arms were trained as what `prove_arms` found: `exact`, `baseline` and, where it is there, `causal`.
+
+    Args:
+        steps: the first step of each arm.
+        proof: what prove_arms returned.
+
+    Raises:
+        ExactError: an arm trained with another's data or loss.
+    """
+    wrong = []
+    for name, step in steps.items():
+        masked = name != "causal"
+        if step.boundaries != masked:
+            wrong.append(f"{name} has {'no ' * masked}boundaries of documents")
+        if name == "exact":
+            if step.table != proof["weight table"]:
+                wrong.append(f"{name} is weighted by table {step.table} in its loss, not by {proof['weight table']}")
+            if step.weighted != step.weights:
+                wrong.append(
+                    f"{name} has {'' if step.weights else 'no '}weights in its batch, and its loss is "
+                    f"{'' if step.weighted else 'not '}weighted"
+                )
+        elif step.hooked or step.weights or step.weighted:
+            wrong.append(
+                f"the loss hook ran in {step.hooked} micro-batches of {name}, weights in its batch: {step.weights}"
+            )
+    if len({step.tokens for step in steps.values()}) > 1:
+        wrong.append("the arms read different tokens")
+    if wrong:
+        raise _vacuous(f"in the first step of each, {'; '.join(wrong)}. This is an error of the benchmark")
 
 
 def prove_runs(exact: RunConfig, baseline: RunConfig) -> dict[str, Any]:

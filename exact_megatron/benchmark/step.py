@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .arms import Arm, prove_arms
+from .arms import Arm, Step, prove_arms, prove_steps, watch_step
 from .harness import Measured, Row, interleaved, median_of_pairs
 from .one_rank import WARMUP, describe_steps, one_rank, twin
 
@@ -19,21 +19,26 @@ def measure_step(args: argparse.Namespace) -> Measured:
     from ..training.data import build_loader
 
     with one_rank(args, args.steps + WARMUP, ["model.exact.enabled=true"]) as (settings, trainer):
+        first: dict[str, Step] = {}
 
-        def arm(own: Arm) -> Callable[[int], Any]:
+        def arm(name: str, own: Arm) -> Callable[[int], Any]:
             loader = iter(build_loader(settings, own.dataset, trainer.vocabulary, consumed=0))
 
             def step(_: int) -> None:
                 trainer.loss_func = own.loss_func
-                trainer.train_step(loader)
+                if name in first:
+                    trainer.train_step(loader)
+                else:
+                    first[name] = watch_step(trainer, loader)
 
             return step
 
         exact = Arm(trainer.train_data, trainer.loss_func)
         baseline = Arm(twin(trainer.train_data, weight_table=None), gpt_loss)
         proof = prove_arms(exact, baseline, settings.model.global_batch_size)
-        arms = {"exact": arm(exact), "baseline": arm(baseline)}
+        arms = {"exact": arm("exact", exact), "baseline": arm("baseline", baseline)}
         interleaved(arms, WARMUP)
+        prove_steps(first, proof)
         seconds = interleaved(arms, args.steps)
         setup = describe_steps(settings, trainer, args.steps)
     ratio, interval = median_of_pairs(seconds["baseline"] / seconds["exact"])

@@ -36,7 +36,7 @@ from ..utils import bootstrap
 from ..utils.environment import GIB, machine
 from ..utils.files import write_text
 from . import harness
-from .arms import Arm, prove_arms
+from .arms import Arm, Step, prove_arms, prove_steps, watch_step
 from .geometry import GEOMETRIES
 from .harness import RESAMPLES, SEED, Measured, Row, interleaved, interval
 from .one_rank import STEP_FORCED, twin
@@ -206,6 +206,7 @@ class Bench:
         trainer = self.trainer
         self.cuda = trainer.device.type == "cuda"
         self.peaks: dict[str, list[int]] = {name: [] for name in ARMS}  # bytes, a block
+        self.first: dict[str, Step] = {}  # the first step of each arm
         self.sizes: list[np.ndarray] = []  # of the documents' pieces, a step of the exact arm
         self.data = {
             "exact": Arm(trainer.train_data, trainer.loss_func),
@@ -235,7 +236,10 @@ class Bench:
         """One training step of an arm."""
         self.trainer.loss_func = self.data[name].loss_func
         self.run.model.data.document_masking = name != "causal"
-        self.trainer.train_step(loader)
+        if name in self.first:
+            self.trainer.train_step(loader)
+        else:
+            self.first[name] = watch_step(self.trainer, loader)
 
     def _watched(self, loader: Iterator[Any]) -> Iterator[Any]:
         """The loader's micro-batches of one step, their pieces noted."""
@@ -261,6 +265,7 @@ def measure_cell(cell: Cell, args: argparse.Namespace, layers: int, peak: float 
     """Steps of the three arms in turn; times in s, memory in GiB, TFLOP/s a GPU."""
     bench = Bench(cell, args, layers, folder, args.blocks + WARMUP_BLOCKS + 1)
     interleaved(bench.blocks, WARMUP_BLOCKS - 1)
+    prove_steps(bench.first, bench.proof)
     started = time.perf_counter()
     interleaved(bench.blocks, 1)
     rounds = blocks_of(args, time.perf_counter() - started)

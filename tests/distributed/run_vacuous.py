@@ -20,17 +20,35 @@ def disabled(load):
     return lambda path, overrides=None: load(path, [*(overrides or []), "model.exact.enabled=false"])
 
 
+def with_loss(train_step, loss_of):
+    """Trainer.train_step of a benchmark that gives every arm one loss function."""
+
+    def step(trainer, loader):
+        trainer.loss_func = loss_of(trainer)
+        return train_step(trainer, loader)
+
+    return step
+
+
 def main() -> None:
+    import torch
+
     from exact_megatron.benchmark import dataset as benchmark_dataset
     from exact_megatron.benchmark import one_rank, qk_timing, throughput
     from exact_megatron.benchmark import step as benchmark_step
     from exact_megatron.config import ExactError, QKTimingConfig
+    from exact_megatron.loss import gpt_loss
     from exact_megatron.training import config
+    from exact_megatron.training.trainer import Trainer, shutdown
 
     off = mock.patch.object(config, "load_config", disabled(config.load_config))
     same = mock.patch.object(one_rank, "twin", lambda dataset, **_: dataset)
     same = mock.patch.object(benchmark_step, "twin", lambda dataset, **_: dataset)
     never = mock.patch.object(QKTimingConfig, "factor", lambda *_: 1.0)
+    hooked = mock.patch.object(
+        Trainer, "train_step", with_loss(Trainer.train_step, lambda trainer: trainer.loss.wrap(gpt_loss))
+    )
+    plain = mock.patch.object(Trainer, "train_step", with_loss(Trainer.train_step, lambda _: gpt_loss))
     step = argparse.Namespace(benchmark="step", config=None, steps=1, overrides=OVERRIDES)
     timing = argparse.Namespace(benchmark="qk-timing", config=None, steps=1, overrides=OVERRIDES)
     timing.overrides = [*OVERRIDES, "model.num_layers=2"]
@@ -47,6 +65,10 @@ def main() -> None:
         (same, benchmark_step.measure_step, step),
         (never, qk_timing.measure, timing),
         (off, throughput.run_job, job),
+        (hooked, benchmark_step.measure_step, step),
+        (hooked, throughput.run_job, job),
+        (plain, benchmark_step.measure_step, step),
+        (plain, throughput.run_job, job),
     ):
         with patch, mock.patch.dict(os.environ):  # a rank's variables, which the next one must not find
             try:
@@ -54,6 +76,9 @@ def main() -> None:
                 said.append("measured")
             except ExactError as error:
                 said.append(str(error))
+            if torch.distributed.is_initialized():  # a job's, which has a process of its own elsewhere
+                shutdown()
+                torch.distributed.destroy_process_group()
     json.dump(said, sys.stdout)
 
 

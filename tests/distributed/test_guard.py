@@ -3,13 +3,13 @@
 import subprocess
 import sys
 
-from tiny import config_file, write_data
+from tests.helpers.tiny import config_file, write_data
 
 RUN = """
 import sys
 from exact_megatron.dataset import ExactGPTDataset
 from exact_megatron.training.config import load_config
-from exact_megatron.training.launch import be_single_rank
+from exact_megatron.utils.ranks import be_single_rank
 from exact_megatron.training.trainer import Trainer, shutdown
 
 be_single_rank()
