@@ -27,6 +27,7 @@ extras = {
         "regex",
         "pyyaml",
         "einops",
+        "packaging",
     ],
     # published models in and out; gguf and accelerate read the small real model of examples/continued_pretraining
     "hf": ["safetensors", "huggingface_hub", "transformers>=4.51", "accelerate", "gguf"],

@@ -32,7 +32,7 @@ class Range:
         read: takes a value and returns it in the setting's own type; raises TypeError or ValueError where it is not in range.
         none: None is a value too.
         text: the values are text. Text for any other setting is read as a number, true, false or null first.
-        required: None only stands for "not given yet"; checks.py refuses it.
+        required: None only stands for "not given yet"; training/checks.py refuses it.
     """
 
     words: str

@@ -82,11 +82,12 @@ def read_vocabulary(run: RunConfig, scan: bool = True) -> Vocabulary:
         if prefix.endswith((".bin", ".idx")):
             raise ValueError(f"{prefix}: give the common prefix of .bin and .idx, {prefix[:-4]}")
     indices = [read_index(p, run.whole_documents) for p in prefixes]
+    described = {prefix: _described(prefix) for prefix in prefixes}
     tokenizers = {prefix: data_identity(prefix) for prefix in prefixes}
     accepted, known = data.accept_other_tokenizer, list[str]()
     refuse_other_tokenizer(tokenizers, ACCEPT_TOKENIZER, accepted)
     for prefix in prefixes:
-        facts = _described(prefix)
+        facts = described[prefix]
         if not facts:
             continue
         if eod is not None and facts["eod_id"] != eod and not (accepted and data.eod_id is not None):

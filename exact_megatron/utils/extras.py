@@ -16,6 +16,7 @@ MODULES = {
     "tensorboard": "train",
     "psutil": "train",
     "einops": "train",
+    "packaging": "train",
     "six": "train",
     "regex": "train",
     "transformers": "hf",

@@ -28,7 +28,7 @@ def end(processes: list[subprocess.Popen]) -> None:
             pass
 
 
-def launch(script: str, arguments: list[str], world: int, timeout: float = 240) -> None:
+def launch(script: str, arguments: list[str], world: int, timeout: float = 480) -> None:
     """Run tests/SCRIPT ARGUMENTS as `world` ranks; AssertionError with the output of the rank that failed."""
     meeting = {
         "WORLD_SIZE": str(world),
