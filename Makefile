@@ -34,7 +34,7 @@ demo: setup  ## prepare real text, count exposure, compare baseline and EXACT; r
 	$(VENV)/bin/exact-megatron compare --config configs/demo.yaml --base-seq-length 256 --base-steps 120
 
 test: setup  ## everything that needs neither a GPU, nor root, nor a checkout of another project
-	$(VENV)/bin/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --durations=10
+	$(VENV)/bin/python -m pytest -q --durations=10
 
 $(VENV19)/.installed: setup.py
 	$(PYTHON312) -m venv $(VENV19)
@@ -43,7 +43,7 @@ $(VENV19)/.installed: setup.py
 	touch $@
 
 test-mcore-0.19: $(VENV19)/.installed  ## the same tests on megatron-core 0.19.2, Python 3.12 (4.7 GB: it imports triton)
-	$(VENV19)/bin/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile --durations=10
+	$(VENV19)/bin/python -m pytest -q --durations=10
 
 # Transformer Engine's Python on torch's CUDA build, without a GPU or a driver. PyPI has no wheel of its torch extension: pip compiles
 # it, with nvcc of CUDA 13, cuDNN's headers and a C++ compiler, or takes wheels of 2.20.2 for torch 2.11 from the folder TE_WHEELS.

@@ -9,7 +9,7 @@ import argparse
 from typing import Any
 
 from .geometry import GEOMETRIES
-from .harness import Measured, Row
+from .harness import FAILED, Measured, Row, written_at_interrupt
 from .profile import REPEATS, median_seconds
 
 SQUARE = 8192
@@ -87,11 +87,20 @@ def measure(args: argparse.Namespace) -> Measured:
             shapes[f"{name} {matrix}"] = (args.step_tokens, inner, columns)
         shapes[f"{name} logits"] = (args.step_tokens, g.hidden, g.vocabulary)
     rows = []
-    for name, shape in shapes.items():
-        for kind in kinds:
-            rate = product(kind, *shape)["TFLOP/s"]
-            rows.append(Row(f"{name} {kind}", rate, reference, "TFLOP/s", rate / reference, "", True))
-    rate = copy_rate(1 << (29 if cuda else 22))
-    rows.append(Row("copy", rate, rate, "TB/s", 1.0, "", True))
+    failed: list[str] = []
+    facts: dict[str, Any] = {}
+    with written_at_interrupt(facts):
+        for name, shape in shapes.items():
+            for kind in kinds:
+                try:
+                    rate = product(kind, *shape)["TFLOP/s"]
+                except RuntimeError as error:  # of memory, or of a library that has no such product
+                    failed.append(f"{name} {kind}: {str(error).splitlines()[0]}")
+                    continue
+                rows.append(Row(f"{name} {kind}", rate, reference, "TFLOP/s", rate / reference, "", True))
+        rate = copy_rate(1 << (29 if cuda else 22))
+        rows.append(Row("copy", rate, rate, "TB/s", 1.0, "", True))
+    if failed:
+        facts[FAILED] = "; ".join(failed)
     setup = f"products [rows, inner] x [inner, columns] of random matrices, median of {REPEATS}; rows of the layers' products: "
-    return {"setup": setup + f"{args.step_tokens:,} tokens; reference: the {kinds[0]} square"}, rows
+    return {"setup": setup + f"{args.step_tokens:,} tokens; reference: the {kinds[0]} square"} | facts, rows

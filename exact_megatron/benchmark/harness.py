@@ -8,19 +8,22 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..config import ExactError
 from ..utils import bootstrap
 from ..utils.environment import machine
 from ..utils.files import write_text
 
 SEED = 1234
 RESAMPLES = 4000
+FAILED, INTERRUPTED = "not measured", "interrupted"  # facts of a measurement that is not whole
 _NOT_OPTIONS = ("command", "benchmark", "overrides", "json", "traceback")  # not of the measurement
 _FRACTIONS = ("assume_mfu", "assume_start")
 
@@ -46,6 +49,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print and write; 1 when a bar is missed.
 
     `args.measure(args)` returns ({"setup": what was measured and how, in words, and more facts}, rows).
+
+    Raises:
+        ExactError, KeyboardInterrupt: parts failed, or SIGINT came; what was measured is printed and written all the same.
     """
     command = ["exact-megatron", "benchmark", args.benchmark]
     for name, value in vars(args).items():
@@ -72,7 +78,20 @@ def run(args: argparse.Namespace) -> int:
     print_result(result, rows)
     if args.json:
         write_text(args.json, json.dumps(result, indent=1) + "\n")
+    if INTERRUPTED in facts:
+        raise KeyboardInterrupt
+    if FAILED in facts:
+        raise ExactError(f"{facts[FAILED]}. Everything else is measured")
     return 0 if all(row.passed for row in rows) else 1
+
+
+@contextmanager
+def written_at_interrupt(facts: dict[str, Any]) -> Iterator[None]:
+    """End the block at SIGINT and note it in the measurement's facts, so that `run` writes what there is until then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        facts[INTERRUPTED] = "by SIGINT: what follows is not measured"
 
 
 def _cpu_seconds() -> tuple[float, float, float]:

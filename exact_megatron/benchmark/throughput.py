@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,11 +36,14 @@ from ..utils import bootstrap
 from ..utils.environment import GIB, machine
 from ..utils.files import write_text
 from . import harness
-from .arms import Arm, Step, prove_arms, prove_steps, watch_step
+from .arms import Arm, Step, digest, prove_arms, prove_steps, watch_step
 from .geometry import GEOMETRIES
 from .harness import RESAMPLES, SEED, Measured, Row, interleaved, interval
 from .one_rank import STEP_FORCED, twin
 from .synthetic import write_corpus
+
+if TYPE_CHECKING:
+    from ..training.schema import RunConfig
 
 ARMS = ("exact", "baseline", "causal")
 PRECISIONS = ("fp32", "bf16", "delayed", "tensorwise", "blockwise")
@@ -49,12 +52,15 @@ COMPARED = {  # own arm, reference arm
     "EXACT against baseline": ("exact", "baseline"),
     "masked against causal": ("baseline", "causal"),
 }
+INTERRUPTED = 130  # exit code after SIGINT
 WARMUP_BLOCKS = 2  # uncounted, of each arm
 PAIRS = 8  # counted blocks of each arm, at least
+DRY = "tiny"  # the geometry of dry runs on a CPU, of as few blocks as are asked for
 TRIALS = (1, 2)  # layers, with --trial-layers
 SPARE = 0.85  # of the device's memory may be filled by the estimate of planning/memory.py, which knows no workspaces and no fragments
-# Of the options, what a job needs.
+# Of the options, what a job needs, and what else decides how many layers or which peak it gets.
 OPTIONS = "prefix step_tokens micro_tokens blocks block_steps cell_seconds profile overrides".split()
+ASKED = [*OPTIONS, *"layers trial_layers gpu_memory peak".split()]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prefix", help="take the documents' lengths from PREFIX.idx; default: log-normal ones")
     add("--step-tokens", type=int, default=32768, help="of an optimizer step, at least a window")
     add("--micro-tokens", type=int, default=8192, help="of a micro-batch, at least a window")
-    add("--blocks", type=int, default=24, help="counted blocks of each arm, at most")
+    add("--blocks", type=int, default=24, help=f"counted blocks of each arm, at most; from {PAIRS} on, but with {DRY}")
     add("--block-steps", type=int, default=1, help="optimizer steps of a block")
     add("--cell-seconds", type=int, default=40, help=f"fewer blocks ({PAIRS} at least) where they would take longer")
     add(
@@ -84,12 +90,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="TFLOP/s that MFU is a share of; default: a bf16 product measured before the first cell; with --plan "
         f"{PEAK_TFLOPS['bf16']:g}, an H100's by its data sheet",
     )
-    add("--cells", metavar="FILE", help="append a JSON line a cell; cells that are in it are not measured again")
+    add(
+        "--cells",
+        metavar="FILE",
+        help="append a JSON line a cell; cells that are in it, from the same options, documents, GPU and versions, are not "
+        "measured again",
+    )
     add("--until", type=int, metavar="SECONDS", help="start no cell after so many seconds from the start")
     add("--profile", action="store_true", help="also a table of the kernels of a step, and the loss end alone")
     add("--plan", action="store_true", help="measure nothing: list the cells, and how long they take by their FLOPs")
     add("--assume-mfu", type=float, default=0.35, help="share of --peak that --plan assumes, for FP8 too (%(default)s)")
-    add("--assume-start", type=float, default=30.0, metavar="SECONDS", help="to start and build a model (%(default)s)")
+    add(
+        "--assume-start",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="to start a job and build its model (%(default)s)",
+    )
     add("overrides", nargs="*", metavar="key=value", help="for example model.apply_rope_fusion=true")
 
 
@@ -137,12 +154,19 @@ class Cell:
         forced += ["model.exact.enabled=true", f"trainer.max_steps={steps}"]
         return [*made, *args.overrides, *STEP_FORCED, *forced]
 
+    def load(self, args: argparse.Namespace, layers: int) -> RunConfig:
+        """The settings of a model with this many layers, of a folder and a number of steps that do not matter."""
+        from ..training.config import load_config
+
+        return load_config(None, self.settings(args, layers, "unused", 1))
+
 
 def read_cells(args: argparse.Namespace, on_gpu: bool) -> list[Cell]:
     """The cells in the order they are measured.
 
     Raises:
-        ValueError: an unknown geometry or precision, or a window that is not a number of tokens.
+        ValueError: an unknown geometry or precision, a window that is not a number of tokens, too few blocks, or settings that
+            a cell's model cannot have.
     """
     precisions = (args.precisions or ("bf16" if on_gpu else "fp32")).split(",")
     for option, given, known in (
@@ -154,21 +178,39 @@ def read_cells(args: argparse.Namespace, on_gpu: bool) -> list[Cell]:
                 raise ValueError(f"--{option} {name} is not one of {', '.join(known)}")
     if not all(word.isdigit() and int(word) >= 16 for word in args.windows.split(",")):
         raise ValueError(f"--windows {args.windows}: give numbers of tokens from 16 on, like 4096,8192")
+    if args.blocks < PAIRS and args.geometry != DRY:
+        raise ValueError(
+            f"--blocks {args.blocks}: the median over fewer than {PAIRS} pairs of blocks says too little; give {PAIRS} or more, "
+            f"or --geometry {DRY} for a dry run"
+        )
     windows = [int(word) for word in args.windows.split(",")]
     cells = [Cell(g, w, p) for g in args.geometry.split(",") for w in windows for p in precisions]
+    for cell in cells:
+        cell.load(args, args.layers or GEOMETRIES[cell.geometry].layers)
     # Least used, and most memory beside the weights: last, so that a lack of time or memory costs these alone.
     return sorted(cells, key=lambda cell: cell.precision == "blockwise")
 
 
 def documents_of(args: argparse.Namespace) -> str:
-    return f"lengths of {Path(args.prefix).name}.idx" if args.prefix else "log-normal lengths"
+    """Where the documents' lengths come from, with a digest of them."""
+    if not args.prefix:
+        return "log-normal lengths"
+    return f"lengths of {Path(args.prefix).name}.idx ({digest([read_index(args.prefix).lengths])})"
+
+
+def asked_of(args: argparse.Namespace, gpu: str) -> dict[str, Any]:
+    """All that a cell's numbers depend on beside the cell: a result with the same is the same measurement."""
+    options = {name: getattr(args, name) for name in ASKED if name != "prefix"}
+    return options | {
+        "documents": documents_of(args),
+        "GPU": gpu,
+        "versions": machine("transformer-engine")["versions"],
+    }
 
 
 def fixed_layers(cells: Sequence[Cell], args: argparse.Namespace, gpu_memory: float | None) -> int:
     """Layers for cells of one geometry and window, alike in all precisions: the geometry's, or as many as fit into `gpu_memory` GiB by
     the estimate of planning/memory.py; at least one."""
-    from ..training.config import load_config
-
     geometry = GEOMETRIES[cells[0].geometry]
     if args.layers:
         return int(args.layers)
@@ -176,7 +218,7 @@ def fixed_layers(cells: Sequence[Cell], args: argparse.Namespace, gpu_memory: fl
         return geometry.layers
     # FP8 keeps its copies of the weights beside them, alike in all recipes.
     largest = max(cells, key=lambda cell: cell.fp8)
-    run = load_config(None, largest.settings(args, geometry.layers, "unused", 1))
+    run = largest.load(args, geometry.layers)
 
     def needed(layers: int) -> int:
         return memory(replace(run, model=replace(run.model, num_layers=layers)), geometry.vocabulary)[0].total
@@ -261,8 +303,19 @@ def measure_trial(cell: Cell, args: argparse.Namespace, layers: int, folder: str
     return {"peak": max(max(values) for values in bench.peaks.values())}
 
 
-def measure_cell(cell: Cell, args: argparse.Namespace, layers: int, peak: float | None, folder: str) -> dict[str, Any]:
-    """Steps of the three arms in turn; times in s, memory in GiB, TFLOP/s a GPU."""
+def measure_cell(
+    cell: Cell,
+    args: argparse.Namespace,
+    layers: int,
+    peak: float | None,
+    folder: str,
+    save: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Steps of the three arms in turn; times in s, memory in GiB, TFLOP/s a GPU.
+
+    Args:
+        save: takes the result before anything is profiled, which may fail.
+    """
     bench = Bench(cell, args, layers, folder, args.blocks + WARMUP_BLOCKS + 1)
     interleaved(bench.blocks, WARMUP_BLOCKS - 1)
     prove_steps(bench.first, bench.proof)
@@ -320,6 +373,7 @@ def measure_cell(cell: Cell, args: argparse.Namespace, layers: int, peak: float 
         }
     compare_arms(result)
     if args.profile:
+        save(result)
         from ..training.data import build_loader
         from .profile import kernel_table, loss_end
 
@@ -387,38 +441,53 @@ class OutOfMemory(Exception):
     """A job's model did not fit into the device's memory."""
 
 
-def run_job(spec: dict[str, Any]) -> dict[str, Any]:
-    """In the job's own process: {"result": ...} or {"out of memory": the message}."""
+def run_job(spec: dict[str, Any], write: Callable[[dict[str, Any]], None]) -> None:
+    """In the job's own process: write {"result": ...} or {"out of memory": the message}.
+
+    What was written before an error counts: a cell's blocks that are timed need no other layers when its profile runs out of memory.
+    """
     import torch
 
     from .ceiling import product
 
     args = argparse.Namespace(**spec["options"])
+    written = False
+
+    def save(result: dict[str, Any]) -> None:
+        nonlocal written
+        write({"result": result})
+        written = True
+
     try:
         if spec["job"] == "device":
             peak = args.peak or product("bf16", 8192, 8192, 8192)["TFLOP/s"]
             total = torch.cuda.get_device_properties(0).total_memory
-            return {"result": {"GPU": torch.cuda.get_device_name(0), "peak": peak, "memory": total / GIB}}
+            save({"GPU": torch.cuda.get_device_name(0), "peak": peak, "memory": total / GIB})
+            return
         cell = Cell(**spec["cell"])
         with tempfile.TemporaryDirectory() as folder:
             if spec["job"] == "trial":
-                return {"result": measure_trial(cell, args, spec["layers"], folder)}
-            return {"result": measure_cell(cell, args, spec["layers"], spec["peak"], folder)}
+                save(measure_trial(cell, args, spec["layers"], folder))
+            else:
+                save(measure_cell(cell, args, spec["layers"], spec["peak"], folder, save))
     except RuntimeError as error:
         # torch.OutOfMemoryError is one; cuBLAS, cuDNN and Transformer Engine say it in words of their own.
-        if not isinstance(error, torch.cuda.OutOfMemoryError) and not re.search(
-            r"out of memory|ALLOC_FAILED", str(error), re.IGNORECASE
+        if (
+            written
+            or not isinstance(error, torch.cuda.OutOfMemoryError)
+            and not re.search(r"out of memory|ALLOC_FAILED", str(error), re.IGNORECASE)
         ):
             raise
-        return {"out of memory": str(error).splitlines()[0]}
+        write({"out of memory": str(error).splitlines()[0]})
 
 
 def start_job(spec: dict[str, Any]) -> Any:
-    """Run a job in a process of its own, and return its result.
+    """Run a job in a process of its own, and return its result; "exit code" is in a cell's whose profile failed.
 
     Raises:
         OutOfMemory: with the device's message.
         ExactError: the process failed otherwise; its own messages are on standard error.
+        KeyboardInterrupt: SIGINT came before there was a result.
     """
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder, "spec.json"), Path(folder, "result.json")
@@ -427,23 +496,37 @@ def start_job(spec: dict[str, Any]) -> Any:
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which kills the job
         try:
             code = subprocess.run(command, stdout=sys.stderr).returncode
+        except KeyboardInterrupt:
+            code = INTERRUPTED
         finally:
             signal.signal(signal.SIGTERM, previous)
-        if code:
+        if code == INTERRUPTED and not where[1].exists():
+            raise KeyboardInterrupt
+        if code and not where[1].exists():
             raise ExactError(
                 f"the process that measures {spec.get('cell') or spec['job']} ended with exit code {code}; its messages are above"
             )
         found = json.loads(where[1].read_text())
     if "out of memory" in found:
         raise OutOfMemory(found["out of memory"])
-    return found["result"]
+    return found["result"] | ({"exit code": code} if code else {})
 
 
 def trial_layers(cell: Cell, options: dict[str, Any], gpu_memory: float) -> int:
-    """Layers that fit by the measured peaks of one and of two layers; the geometry's at most."""
-    one, two = (
-        start_job({"job": "trial", "options": options, "cell": vars(cell), "layers": n})["peak"] for n in TRIALS
-    )
+    """Layers that fit by the measured peaks of one and of two layers; the geometry's at most.
+
+    Raises:
+        OutOfMemory: not even one layer fits.
+    """
+
+    def peak(layers: int) -> int:
+        return int(start_job({"job": "trial", "options": options, "cell": vars(cell), "layers": layers})["peak"])
+
+    one = peak(TRIALS[0])
+    try:
+        two = peak(TRIALS[1])
+    except OutOfMemory:
+        return TRIALS[0]
     room = SPARE * gpu_memory * GIB - one
     return max(1, min(GEOMETRIES[cell.geometry].layers, 1 + int(room / max(1, two - one))))
 
@@ -485,18 +568,28 @@ def print_plan(args: argparse.Namespace) -> int:
     table = Table(title="benchmark throughput: plan, nothing is measured")
     for heading in ("cell", "layers", "PFLOP a step", "s a step", "blocks an arm", "s in all"):
         table.add_column(heading, justify="left" if heading == "cell" else "right")
+    speed = args.assume_mfu * peak * 1e12
+
+    def step_flops(cell: Cell, layers: int) -> float:
+        run = cell.load(args, layers)
+        windows = run.model.global_batch_size
+        return GEOMETRIES[cell.geometry].step_flops(
+            layers, run.tokens_per_step, windows * causal_pairs([run.model.data.seq_length])
+        )
+
+    others = {"device": args.assume_start}  # jobs that are no cell: seconds
     listed: list[dict[str, Any]] = []
     layers_of: dict[Cell, int] = {}
     for cell in cells:
         same = [c for c in cells if (c.geometry, c.window) == (cell.geometry, cell.window)]
         if same[0] not in layers_of:
             layers_of[same[0]] = fixed_layers(same, args, args.gpu_memory or GPU_MEMORY)
+            for trial in TRIALS if args.trial_layers and not args.layers else ():
+                seconds = len(ARMS) * args.block_steps * step_flops(same[-1], trial) / speed
+                others[f"{same[-1]}, trial of {trial} layers"] = args.assume_start + seconds
         layers = layers_of[same[0]]
-        tokens = max(1, args.step_tokens // cell.window) * cell.window
-        flops = GEOMETRIES[cell.geometry].step_flops(
-            layers, tokens, tokens // cell.window * causal_pairs([cell.window])
-        )
-        step = flops / (args.assume_mfu * peak * 1e12)
+        flops = step_flops(cell, layers)
+        step = flops / speed
         a_round = len(ARMS) * args.block_steps * step
         blocks = blocks_of(args, a_round)
         seconds = args.assume_start + (WARMUP_BLOCKS + blocks) * a_round
@@ -504,22 +597,25 @@ def print_plan(args: argparse.Namespace) -> int:
             {"cell": str(cell), "layers": layers, "step FLOPs": flops, "step s": step, "blocks": blocks, "s": seconds}
         )
         table.add_row(str(cell), str(layers), f"{flops / 1e15:.3f}", f"{step:.2f}", str(blocks), f"{seconds:.0f}")
-    minutes = sum(entry["s"] for entry in listed) / 60
+    for name, seconds in others.items():
+        table.add_row(name, "", "", "", "", f"{seconds:.0f}")
+    minutes = (sum(entry["s"] for entry in listed) + sum(others.values())) / 60
     said = (
         f"{len(cells)} cells, {minutes:.0f} minutes: computed from the geometries' FLOPs at an assumed {args.assume_mfu:g} of "
-        f"{peak:g} TFLOP/s (--assume-mfu, --peak) and {args.assume_start:g} s to start a cell (--assume-start); layers for "
+        f"{peak:g} TFLOP/s (--assume-mfu, --peak) and {args.assume_start:g} s to start a job (--assume-start); layers for "
         f"{args.gpu_memory or GPU_MEMORY:g} GiB (--gpu-memory)"
     )
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     console.print(table)
     console.print(said, soft_wrap=True)
     if args.json:
-        write_text(args.json, json.dumps({"plan": said, "minutes": minutes, "cells": listed}, indent=1) + "\n")
+        listing = {"plan": said, "minutes": minutes, "cells": listed, "other jobs": others}
+        write_text(args.json, json.dumps(listing, indent=1) + "\n")
     return 0
 
 
 def measured_cells(path: str | None) -> list[dict[str, Any]]:
-    """The cells of --cells; those without a proof that their arms differed count for nothing.
+    """The cells of --cells; those without a proof that their arms differed, or without what was asked for, count for nothing.
 
     Raises:
         ValueError: a line is no JSON.
@@ -530,7 +626,7 @@ def measured_cells(path: str | None) -> list[dict[str, Any]]:
             cells.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number} is no JSON ({error}): remove the line, it was cut off") from error
-    return [cell for cell in cells if "proof" in cell]
+    return [cell for cell in cells if "proof" in cell and "asked" in cell]
 
 
 def measure(args: argparse.Namespace) -> Measured:
@@ -549,44 +645,63 @@ def measure(args: argparse.Namespace) -> Measured:
     if on_gpu:
         device = start_job({"job": "device", "options": {"peak": args.peak}})
     gpu_memory = args.gpu_memory or device["memory"]
-    same_run = (device["GPU"], args.overrides, documents_of(args))
-    found = {
-        (c["geometry"], c["window"], c["precision"]): c
-        for c in measured_cells(args.cells)
-        if (c["GPU"], c["overrides"], c["documents"]) == same_run
-    }
-    left, too_large = [], []
-    for cell in cells:
-        if (cell.geometry, cell.window, cell.precision) in found:
-            continue
-        if args.until and time.monotonic() - started > args.until:
-            left.append(str(cell))
-            continue
-        print(f"throughput: {cell}", file=sys.stderr, flush=True)
-        same = [c for c in cells if (c.geometry, c.window) == (cell.geometry, cell.window)]
-        known = [f["layers"] for f in found.values() if (f["geometry"], f["window"]) == (cell.geometry, cell.window)]
-        try:
-            if known and not args.layers:  # as in the cell's other precisions, also after a resume
-                layers = min(known)
-            elif args.trial_layers and on_gpu and not args.layers:
-                layers = trial_layers(same[-1], options, gpu_memory)
-            else:
-                layers = fixed_layers(same, args, gpu_memory)
-            result = cell_that_fits(cell, options, layers, device["peak"])
-        except OutOfMemory as error:
-            too_large.append(f"{cell}: {error}")
-            print(f"throughput: {too_large[-1]}", file=sys.stderr, flush=True)
-            continue
-        found[cell.geometry, cell.window, cell.precision] = result
-        if args.cells:
-            with open(args.cells, "a") as file:
-                file.write(json.dumps(result) + "\n")
-    if too_large:
-        raise ExactError(
-            f"not even one layer fits: {'; '.join(too_large)}. The other cells are measured; lower --micro-tokens"
-        )
-    if not found:
+    asked = asked_of(args, device["GPU"])
+    found: dict[tuple[str, int, str], dict[str, Any]] = {}
+    differ: dict[tuple[str, int, str], str] = {}
+    for known in measured_cells(args.cells):
+        key = known["geometry"], known["window"], known["precision"]
+        other = [name for name in asked if known["asked"].get(name) != asked[name]]
+        if not other:
+            found[key] = known
+        else:
+            differ[key] = ", ".join(f"{name} {known['asked'].get(name)}, not {asked[name]}" for name in other)
+    for key, values in differ.items():
+        if key not in found and Cell(*key) in cells:
+            print(f"throughput: {Cell(*key)} of {args.cells} does not count here: {values}", file=sys.stderr)
+    left: list[str] = []
+    failed: list[str] = []
+    ended: dict[str, Any] = {}
+    with harness.written_at_interrupt(ended):
+        for cell in cells:
+            if (cell.geometry, cell.window, cell.precision) in found:
+                continue
+            if args.until and time.monotonic() - started > args.until:
+                left.append(str(cell))
+                continue
+            print(f"throughput: {cell}", file=sys.stderr, flush=True)
+            same = [c for c in cells if (c.geometry, c.window) == (cell.geometry, cell.window)]
+            layers_of = [
+                f["layers"] for f in found.values() if (f["geometry"], f["window"]) == (cell.geometry, cell.window)
+            ]
+            try:
+                if layers_of and not args.layers:  # as in the cell's other precisions, also after a resume
+                    layers = min(layers_of)
+                elif args.trial_layers and on_gpu and not args.layers:
+                    layers = trial_layers(same[-1], options, gpu_memory)
+                else:
+                    layers = fixed_layers(same, args, gpu_memory)
+                result = cell_that_fits(cell, options, layers, device["peak"])
+            except OutOfMemory as error:
+                failed.append(f"{cell}: not even one layer fits, lower --micro-tokens: {error}")
+                print(f"throughput: {failed[-1]}", file=sys.stderr, flush=True)
+                continue
+            except ExactError as error:
+                failed.append(f"{cell}: {error}")
+                print(f"throughput: {failed[-1]}", file=sys.stderr, flush=True)
+                continue
+            code = result.pop("exit code", 0)
+            if code:
+                result["no profile"] = f"the process ended with exit code {code} while it was profiled"
+            result["asked"] = asked
+            found[cell.geometry, cell.window, cell.precision] = result
+            if args.cells:
+                with open(args.cells, "a") as file:
+                    file.write(json.dumps(result) + "\n")
+            if code == INTERRUPTED:
+                raise KeyboardInterrupt
+    if not found and left:
         raise ValueError(f"--until {args.until} left no time for a single cell")
+    failed += [f"{Cell(*key)}: {result['no profile']}" for key, result in found.items() if "no profile" in result]
     facts: dict[str, Any] = {
         "setup": (
             f"one rank on {'cuda' if on_gpu else 'cpu'}, each cell in a process of its own, {args.block_steps} steps a block, arms in turn "
@@ -602,19 +717,27 @@ def measure(args: argparse.Namespace) -> Measured:
         facts["out of memory, repeated with a layer fewer"] = "; ".join(repeated)
     if left:
         facts["left for another call"] = f"{len(left)} of {len(cells)} cells (--until {args.until}): {', '.join(left)}"
-    return facts, rows_of(list(found.values()))
+    if failed:
+        facts[harness.FAILED] = "; ".join(failed)
+    return facts | ended, rows_of(list(found.values()))
 
 
 def main(argv: Sequence[str]) -> int:
     spec, result = map(Path, argv)
+
+    def write(found: dict[str, Any]) -> None:
+        """Whole, whenever this process may end."""
+        part = result.with_suffix(".part")
+        part.write_text(json.dumps(found))
+        part.replace(result)
+
     try:
-        found = run_job(json.loads(spec.read_text()))
+        run_job(json.loads(spec.read_text()), write)
     except (ValueError, OSError, ExactError) as error:
         print(f"throughput: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
-    write_text(result, json.dumps(found))
+        return INTERRUPTED
     return 0
 
 

@@ -3,12 +3,14 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -53,6 +55,11 @@ def run(*arguments):
         return code, json.loads(Path(folder, "result.json").read_text())
 
 
+def asked(*given):
+    """What SMALL and these arguments ask for, where there is no GPU."""
+    return throughput.asked_of(arguments(*SMALL, *given), "none")
+
+
 def cell(precision, seconds, peaks, layers=4):
     """One line of --cells, made up."""
     arms = {
@@ -92,14 +99,17 @@ def cell(precision, seconds, peaks, layers=4):
 def test_a_dry_run_goes_on_from_the_cells_that_are_there(tmp_path, capfd):
     """One cell is measured; one is there, one has other overrides, one no proof. The model is gone with its process."""
     cells = tmp_path / "cells.jsonl"
-    known = cell("fp32", (1, 1, 1), (None,) * 3, 2) | {"window": 64}
-    other = known | {"overrides": ["model.bias=true"], "window": 128}
+    options = ["--cells", str(cells), "--profile", "--windows", "64,128"]
+    known = cell("fp32", (1, 1, 1), (None,) * 3, 2) | {"window": 64, "asked": asked(*options)}
+    other = known | {"asked": asked(*options, "model.bias=true"), "window": 128}
     unproved = {key: value for key, value in known.items() if key != "proof"} | {"window": 128}
     first = "".join(json.dumps(line) + "\n" for line in (known, other, unproved))
     cells.write_text(first)
-    code, result = run("--cells", str(cells), "--profile", "--windows", "64,128", "--until", "100")
+    code, result = run(*options, "--until", "100")
     said = capfd.readouterr()
-    assert said.err.count("throughput: tiny") == 1 and cells.read_text().startswith(first), said.err
+    assert re.findall("throughput: tiny .* fp32$", said.err, re.MULTILINE) == [
+        "throughput: tiny 128 fp32"
+    ] and cells.read_text().startswith(first), said.err
     assert "tiny 64 fp32: EXACT" in said.out and "tiny 128 fp32: masked" in said.out
     rows = result["rows"]
     assert [row["name"] for row in rows] == [
@@ -142,11 +152,121 @@ def test_a_cell_without_memory_is_repeated_with_a_layer_fewer(monkeypatch, capfd
     assert "tiny 64 fp32 with 7 layers: CUDA out of memory. Tried to allocate 2 GiB; again with 6" in said.err
     again = result["out of memory, repeated with a layer fewer"]
     assert "tiny 64 blockwise with 6 layers" in again and again in said.out
-    assert (
-        main(["benchmark", "throughput", *SMALL, "--layers", "2", "--windows", "128,64", "--precisions", "fp32"]) == 2
-    )
-    assert "not even one layer fits: tiny 128 fp32: CUDA out of memory" in capfd.readouterr().err
-    assert tried[-1] == (64, "fp32", 2)  # the other cells are measured all the same
+    code, result = run("--layers", "2", "--windows", "128,64", "--precisions", "fp32")
+    assert code == 2
+    failure = "tiny 128 fp32: not even one layer fits, lower --micro-tokens: CUDA out of memory"
+    assert failure in capfd.readouterr().err and failure in result["not measured"]
+    assert tried[-1] == (64, "fp32", 2) and len(result["rows"]) == 3  # the other cells are measured all the same
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (["--layers", "1"], "layers None, not 1"),
+        (["--step-tokens", "512"], "step_tokens 256, not 512"),
+        (["--micro-tokens", "64"], "micro_tokens 128, not 64"),
+        (["--block-steps", "2"], "block_steps 1, not 2"),
+        (["--prefix", "long/corpus"], "documents lengths of corpus.idx (.*), not lengths of corpus.idx (.*)"),
+    ],
+)
+def test_cells_of_another_command_are_measured_again(monkeypatch, write_corpus, tmp_path, capfd, other, said):
+    """Two corpora of one name in two folders, and each option that changes what is measured."""
+    monkeypatch.chdir(tmp_path)
+    for folder, length in (("short", 20), ("long", 300)):
+        Path(folder).mkdir()
+        for made in Path(write_corpus(np.full(20, length), folder + ".made")).parent.glob(f"{folder}.made*"):
+            made.rename(tmp_path / folder / f"corpus{made.suffix}")
+
+    def job(spec):
+        return cell("fp32", (1, 1, 1), (None,) * 3, spec["layers"]) | {"window": 64}
+
+    monkeypatch.setattr(throughput, "start_job", job)
+    given = ["--windows", "64", "--precisions", "fp32", "--prefix", "short/corpus", "--cells", "cells.jsonl"]
+
+    def count():
+        return len(Path("cells.jsonl").read_text().splitlines())
+
+    for more, lines in (([], 1), ([], 1), (other, 2), (other, 2), ([], 2)):
+        before = count() if Path("cells.jsonl").exists() else 0
+        assert run(*given, *more)[0] == 0 and count() == lines
+        named = re.search(f"tiny 64 fp32 of cells.jsonl does not count here: {said}", capfd.readouterr().err)
+        assert (named is not None) == (before == 1 and lines == 2)  # measured again, and it says why
+
+
+def test_a_failing_cell_leaves_the_others(monkeypatch, tmp_path, capfd):
+    """Processes that are made up: one fails, one is interrupted after its blocks were timed, the last is never begun."""
+    tried = []
+
+    def job(spec):
+        tried.append(spec["cell"]["window"])
+        if tried[-1] == 64:
+            raise ExactError("the process ended with exit code 1")
+        made = cell("fp32", (1, 1, 1), (None,) * 3, 2) | {"window": tried[-1]}
+        return made | ({"exit code": 130} if tried[-1] == 256 else {})
+
+    monkeypatch.setattr(throughput, "start_job", job)
+    given = ["--precisions", "fp32", "--cells", str(tmp_path / "cells.jsonl"), "--windows"]
+    code, result = run(*given, "64,128")
+    assert code == 2 and tried == [64, 128] and len(result["rows"]) == 2
+    assert result["not measured"] == "tiny 64 fp32: the process ended with exit code 1"
+    assert "tiny 64 fp32: the process ended with exit code 1. Everything else is measured" in capfd.readouterr().err
+    code, result = run(*given, "128,256,512")
+    assert code == 130 and tried == [64, 128, 256] and "interrupted" in result and len(result["rows"]) == 4
+    assert "tiny 256 fp32: the process ended with exit code 130 while it was profiled" in result["not measured"]
+    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 2
+
+
+def test_an_interrupt_leaves_what_is_measured(monkeypatch):
+    """SIGINT in the second cell's process, and in the third product of `ceiling`."""
+
+    def job(spec):
+        if spec["cell"]["window"] == 128:
+            raise KeyboardInterrupt
+        return cell("fp32", (1, 1, 1), (None,) * 3, 2) | {"window": 64}
+
+    monkeypatch.setattr(throughput, "start_job", job)
+    code, result = run("--precisions", "fp32", "--windows", "64,128,256")
+    assert code == 130 and len(result["rows"]) == 2 and "by SIGINT" in result["interrupted"]
+
+    rates = iter([1.0, 1.0, RuntimeError("CUDA out of memory\nmore"), 2.0, KeyboardInterrupt()])
+
+    def product(*_):
+        rate = next(rates)
+        if isinstance(rate, BaseException):
+            raise rate
+        return {"TFLOP/s": rate}
+
+    monkeypatch.setattr(ceiling, "product", product)
+    facts, rows = ceiling.measure(argparse.Namespace(geometry="tiny", step_tokens=64))
+    assert [row.own for row in rows] == [1.0, 2.0] and "interrupted" in facts
+    assert facts["not measured"] == "tiny qkv fp32: CUDA out of memory"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), ValueError("other"), KeyboardInterrupt()])
+def test_a_profile_that_fails_leaves_the_timed_blocks(monkeypatch, tmp_path, error):
+    def fails(*given):
+        given[-1]({"arms": "timed"})
+        raise error
+
+    monkeypatch.setattr(throughput, "measure_cell", fails)
+    spec = {"job": "cell", "options": {}, "cell": vars(throughput.Cell("tiny", 64, "fp32")), "layers": 1, "peak": None}
+    Path(tmp_path, "spec.json").write_text(json.dumps(spec))
+    if isinstance(error, RuntimeError):
+        with pytest.raises(RuntimeError, match="out of memory"):  # with its traceback
+            throughput.main([str(tmp_path / "spec.json"), str(tmp_path / "result.json")])
+    else:
+        assert throughput.main([str(tmp_path / "spec.json"), str(tmp_path / "result.json")]) in (2, 130)
+    assert json.loads(Path(tmp_path, "result.json").read_text()) == {"result": {"arms": "timed"}}
+
+    def process(command, **_):
+        Path(command[-1]).write_text(json.dumps({"result": {"arms": "timed"}}))
+        if isinstance(error, KeyboardInterrupt):
+            raise error
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(throughput.subprocess, "run", process)
+    code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    assert throughput.start_job(spec) == {"arms": "timed", "exit code": code}
 
 
 @pytest.mark.parametrize(
@@ -167,11 +287,13 @@ def test_a_job_tells_a_lack_of_memory_from_other_errors(monkeypatch, error, caug
     monkeypatch.setattr(throughput, "measure_cell", fails)
     cell = {"geometry": "tiny", "window": 64, "precision": "fp32"}
     spec = {"job": "cell", "options": {}, "cell": cell, "layers": 1, "peak": None}
+    written = []
     if caught:
-        assert throughput.run_job(spec) == caught
+        throughput.run_job(spec, written.append)
+        assert written == [caught]
     else:
         with pytest.raises(RuntimeError, match="shape mismatch"):
-            throughput.run_job(spec)
+            throughput.run_job(spec, written.append)
 
 
 def test_a_job_that_fails_is_named():
@@ -219,6 +341,8 @@ def test_layers_are_chosen_without_a_trial():
     assert fit("llama-3.2-1b", 8192, "bf16") == 16
     both = fit("llama-3-8b", 8192, "bf16", "blockwise")
     assert 32 > fit("llama-3-8b", 8192, "bf16") >= both == fit("llama-3-8b", 8192, "delayed") > 1
+    # FP8's copies of the weights cost a layer here, also in the cells that are bf16.
+    assert fit("llama-3-8b", 16384, "bf16", "tensorwise") < fit("llama-3-8b", 16384, "bf16")
     assert fit("llama-3-8b", 8192, "bf16", gib=139) > fit("llama-3-8b", 8192, "bf16") > fit("llama-3-8b", 32768, "bf16")
     assert fit("llama-3-8b", 8192, "bf16", gib=10) == 1 and fit("llama-3-8b", 8192, "bf16", gib=None) == 32
     args.layers = 5
@@ -244,6 +368,14 @@ def test_trial_layers_if_asked(monkeypatch):
         return throughput.trial_layers(throughput.Cell(name, 8192, "bf16"), {}, gib)
 
     assert fit("llama-3-8b", 80) == 19 and fit("llama-3.2-1b", 80) == 16 and fit("llama-3-8b", 10) == 1
+
+    def one(spec):
+        if spec["layers"] > 1:
+            raise throughput.OutOfMemory("CUDA out of memory")
+        return job(spec)
+
+    monkeypatch.setattr(throughput, "start_job", one)
+    assert fit("llama-3-8b", 80) == 1
 
 
 def test_plan_counts_flops_at_an_assumed_utilisation(tmp_path, capsys):
@@ -273,6 +405,16 @@ def test_plan_counts_flops_at_an_assumed_utilisation(tmp_path, capsys):
     assert "at an assumed 0.5 of 1000 TFLOP/s" in printed and "nothing is measured" in printed
     assert main([*given, "--cell-seconds", "1"]) == 0
     assert json.loads(where.read_text())["cells"][0]["blocks"] == 8  # pairs, at least
+    # Every job: the device's, and two trials of a window. What is counted is what Cell.settings makes: 3 windows a step.
+    assert main([*given, "--micro-tokens", "24576"]) == 0
+    planned = json.loads(where.read_text())
+    assert planned["cells"][0]["step FLOPs"] == pytest.approx(flops * 3 / 4) and planned["other jobs"] == {"device": 7}
+    assert planned["minutes"] * 60 == pytest.approx(7 + sum(entry["s"] for entry in planned["cells"]))
+    assert main([*given, "model.global_batch_size=8"]) == 0
+    assert json.loads(where.read_text())["cells"][0]["step FLOPs"] == pytest.approx(flops * 2)
+    trials = [word for word in given if word not in ("--layers", "16")]
+    assert main([*trials, "--trial-layers"]) == 0 and len(json.loads(where.read_text())["other jobs"]) == 3
+    capsys.readouterr()
     assert main([*given, "--assume-mfu", "0"]) == 2 and "--assume-mfu 0 must be above 0" in capsys.readouterr().err
 
 
@@ -283,6 +425,11 @@ def test_plan_counts_flops_at_an_assumed_utilisation(tmp_path, capsys):
         (["--precisions", "fp16"], "--precisions fp16 is not one of"),
         (["--windows", "4K"], "--windows 4K: give numbers of tokens"),
         (["--blocks", "0"], "--blocks 0 must be at least 1"),
+        (
+            ["--blocks", "7", "--geometry", "tiny,llama-3-8b"],
+            "--blocks 7: the median over fewer than 8 pairs of blocks",
+        ),
+        (["--windows", "64", "model.nonsense=1"], "model.nonsense"),  # before any process is started
     ],
 )
 def test_arguments_are_checked(arguments, message, capsys):
