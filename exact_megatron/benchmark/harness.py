@@ -55,9 +55,11 @@ def run(args: argparse.Namespace) -> int:
     """
     command = ["exact-megatron", "benchmark", args.benchmark]
     for name, value in vars(args).items():
+        if value is None or name in _NOT_OPTIONS or callable(value):
+            continue
         option = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool) or value is None or name in _NOT_OPTIONS or callable(value):
-            command += [option] * (value is True and name not in _NOT_OPTIONS)
+        if isinstance(value, bool):
+            command += [option] * value
             continue
         if isinstance(value, (int, float)) and value < 1 and name not in _FRACTIONS:
             raise ValueError(f"{option} {value} must be at least 1")

@@ -206,20 +206,36 @@ def gpt(tp: int, cp: int, core_attention, recompute: str, documents: bool = True
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, context_parallel_size=cp)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     given = config(
-        8, 4, num_layers=LAYERS, normalization="RMSNorm", add_bias_linear=False, hidden_dropout=0.0,
-        tensor_model_parallel_size=tp, context_parallel_size=cp, sequence_parallel=tp > 1,
-        calculate_per_token_loss=True, masked_softmax_fusion=False, bias_dropout_fusion=False,
-        bias_activation_fusion=False, gradient_accumulation_fusion=False, apply_rope_fusion=False,
-        persist_layer_norm=False, **RECOMPUTE[recompute],
-    )  # fmt: skip
+        8,
+        4,
+        num_layers=LAYERS,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        context_parallel_size=cp,
+        sequence_parallel=tp > 1,
+        calculate_per_token_loss=True,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **RECOMPUTE[recompute],
+    )
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     if core_attention is not None:
         spec.submodules.self_attention.submodules.core_attention = core_attention
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     model = GPTModel(
-        given, TransformerBlockSubmodules(layer_specs=[spec] * LAYERS, layer_norm=RMSNorm), vocab_size=VOCAB,
-        max_sequence_length=WINDOW, share_embeddings_and_output_weights=False, position_embedding_type="rope",
-    ).train()  # fmt: skip
+        given,
+        TransformerBlockSubmodules(layer_specs=[spec] * LAYERS, layer_norm=RMSNorm),
+        vocab_size=VOCAB,
+        max_sequence_length=WINDOW,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+    ).train()
     used = {type(layer.self_attention.core_attention).__name__ for layer in model.decoder.layers}
     assert core_attention is None or all(name.startswith("DocumentAttention") for name in used), used
     tp_rank, tp_group = (
@@ -309,12 +325,17 @@ CHECKS |= {
 CHECKS |= {
     f"gpt-tp{tp}-cp{cp}-{mode}-{recompute}": partial(gpt_equals_stock, tp, cp, mode, recompute)
     for tp, cp, mode, recomputes in (
-        (1, 1, "auto", RECOMPUTE), (2, 1, "auto", ["kept"]), (1, 2, "ulysses", ["kept"]),
-        (1, 2, "gather", RECOMPUTE), (1, 4, "ulysses", ["kept"]), (1, 4, "gather", ["kept"]),
-        (2, 2, "ulysses", RECOMPUTE), (2, 2, "gather", RECOMPUTE),
+        (1, 1, "auto", RECOMPUTE),
+        (2, 1, "auto", ["kept"]),
+        (1, 2, "ulysses", ["kept"]),
+        (1, 2, "gather", RECOMPUTE),
+        (1, 4, "ulysses", ["kept"]),
+        (1, 4, "gather", ["kept"]),
+        (2, 2, "ulysses", RECOMPUTE),
+        (2, 2, "gather", RECOMPUTE),
     )
     for recompute in recomputes
-}  # fmt: skip
+}
 CHECKS["gpt-whole-samples"] = partial(gpt_equals_stock, 2, 2, "auto", "kept", False)
 
 

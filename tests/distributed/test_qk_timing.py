@@ -88,8 +88,10 @@ def results(tmp_path_factory):
         again = [*overrides, f"exp_manager.exp_dir={folder}/runs/{name}"]
         one.append({"name": f"{name}_resumed", "steps": STEPS - steps, "overrides": again})
     two = ["trainer.devices=2", *ON, *SHARP, *ODD]
-    cut = [{"name": "cut", "steps": 1, "first": True, "overrides": two},
-           {"name": "cut_bf16", "steps": 1, "first": True, "overrides": [*two, *BF16]}]  # fmt: skip
+    cut = [
+        {"name": "cut", "steps": 1, "first": True, "overrides": two},
+        {"name": "cut_bf16", "steps": 1, "first": True, "overrides": [*two, *BF16]},
+    ]
     return timed(folder, FAST, {1: one, 2: cut})
 
 

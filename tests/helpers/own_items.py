@@ -8,12 +8,27 @@ from pathlib import Path
 SHORT = {
     "mmlu/anatomy": {
         "dev": [
-            {"question": f"How many thumbs are on {n} hands?", "subject": "anatomy", "choices": ["1", "2", "3", "4"], "answer": n - 1}
+            {
+                "question": f"How many thumbs are on {n} hands?",
+                "subject": "anatomy",
+                "choices": ["1", "2", "3", "4"],
+                "answer": n - 1,
+            }
             for n in (1, 2, 3, 4, 1)
         ],
         "test": [
-            {"question": "Where is the heart?", "subject": "anatomy", "choices": ["chest", "foot", "ear", "hand"], "answer": 0},
-            {"question": "What do lungs take in?", "subject": "anatomy", "choices": ["sand", "air", "iron", "glass"], "answer": 1},
+            {
+                "question": "Where is the heart?",
+                "subject": "anatomy",
+                "choices": ["chest", "foot", "ear", "hand"],
+                "answer": 0,
+            },
+            {
+                "question": "What do lungs take in?",
+                "subject": "anatomy",
+                "choices": ["sand", "air", "iron", "glass"],
+                "answer": 1,
+            },
         ],
     },
     "arc_challenge": {
@@ -24,7 +39,9 @@ SHORT = {
                 "choices": {"text": ["ice", "steam", "sand"], "label": ["A", "B", "C"]},
                 "answerKey": key,
             }
-            for i, (question, key) in enumerate([("What is frozen water?", "A"), ("What rises from boiling water?", "B")])
+            for i, (question, key) in enumerate(
+                [("What is frozen water?", "A"), ("What rises from boiling water?", "B")]
+            )
         ]
     },
     "hellaswag": {
@@ -45,7 +62,12 @@ SHORT = {
     },
     "winogrande": {
         "validation": [
-            {"sentence": "The cup did not fit into the box, _ was too big.", "option1": "the cup", "option2": "the box", "answer": "1"}
+            {
+                "sentence": "The cup did not fit into the box, _ was too big.",
+                "option1": "the cup",
+                "option2": "the box",
+                "answer": "1",
+            }
         ]
     },
     "piqa": {"validation": [{"goal": "To dry hands,", "sol1": "use a towel", "sol2": "use a lake", "label": 0}]},
@@ -53,7 +75,7 @@ SHORT = {
         "train": [{"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(6)],
         "test": [{"question": "What is 2 + 3?", "answer": "2 + 3 = 5\n#### 5"}],
     },
-}  # fmt: skip
+}
 
 NEEDLES = [
     {

@@ -28,9 +28,21 @@ def test_limit_of_cudnns_deterministic_backward(te, monkeypatch, cudnn, lengths)
     monkeypatch.setattr(utils, "get_cudnn_version", lambda: cudnn)
     longest = max(lengths)
     wanted = utils.AttentionParams(
-        qkv_dtype=torch.bfloat16, qkv_layout="thd_thd_thd", batch_size=len(lengths), num_heads=HEADS, num_gqa_groups=8,
-        max_seqlen_q=longest, max_seqlen_kv=longest, head_dim_qk=128, head_dim_v=128, attn_mask_type="padding_causal",
-        window_size=(-1, 0), deterministic=True, is_training=True, core_attention_bias_requires_grad=False)  # fmt: skip
+        qkv_dtype=torch.bfloat16,
+        qkv_layout="thd_thd_thd",
+        batch_size=len(lengths),
+        num_heads=HEADS,
+        num_gqa_groups=8,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        head_dim_qk=128,
+        head_dim_v=128,
+        attn_mask_type="padding_causal",
+        window_size=(-1, 0),
+        deterministic=True,
+        is_training=True,
+        core_attention_bias_requires_grad=False,
+    )
     flash, _, fused, _, unfused, _ = utils.get_attention_backend(wanted)
     assert not flash, "flash-attn is not installed here"
     assert bool(fused) == (len(lengths) * HEADS * longest**2 < determinism.FUSED_LIMIT)

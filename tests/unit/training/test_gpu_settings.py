@@ -190,12 +190,22 @@ def test_deterministic_attention_of_long_documents_is_flash_attns(
     ("settings", "size"),
     [
         (["model.data.document_masking=false", "model.data.seq_length=1024"], 32 * 1024**2),
-        (["model.data.document_masking=false", "model.data.seq_length=1024", "model.micro_batch_size=2"], 32 * 2 * 1024**2),
+        (
+            ["model.data.document_masking=false", "model.data.seq_length=1024", "model.micro_batch_size=2"],
+            32 * 2 * 1024**2,
+        ),
         (["model.data.seq_length=1024"], 32 * 342 * 683**2),
-        (["model.data.seq_length=8192", "trainer.devices=4", "model.context_parallel_size=4",
-          "model.cp_comm_type=all_gather"], 32 * max(n * (1025 - n) * (8193 - n) for n in range(1, 1025))),
+        (
+            [
+                "model.data.seq_length=8192",
+                "trainer.devices=4",
+                "model.context_parallel_size=4",
+                "model.cp_comm_type=all_gather",
+            ],
+            32 * max(n * (1025 - n) * (8193 - n) for n in range(1, 1025)),
+        ),
     ],
-)  # fmt: skip
+)
 def test_size_of_deterministic_attention(settings, size):
     assert determinism.attention_size(run_config(*WIDE, *settings)) == size
 
