@@ -486,11 +486,11 @@ def test_a_cpu_takes_no_cuda_kernels_of_installed_packages(monkeypatch):
 
 
 def test_doctor_says_what_a_cpu_does_not_use(monkeypatch):
-    from exact_megatron.commands import doctor
+    from exact_megatron.commands.doctor import installed
 
-    monkeypatch.setattr(doctor, "_version", lambda name: "2.20.2" if name == "transformer-engine" else "1.0")
+    monkeypatch.setattr(installed, "version_of", lambda name: "2.20.2" if name == "transformer-engine" else "1.0")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    found = doctor.versions()
+    found = installed.versions()
     assert (
         found["transformer-engine"].startswith("2.20.2, without a GPU not used") and "none: needs a GPU" in found["FP8"]
     )
