@@ -8,7 +8,10 @@ import re
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
+
+import pytest
 
 from tests.helpers import jobs, ranks, tiny
 from tests.helpers.tiny import SEQ_LENGTH
@@ -116,6 +119,16 @@ class Log(jobs.Log):
     def validation(self) -> dict[str, str]:
         line = re.search(r"validation loss at iteration \d+ on validation set.*", self.text)[0]
         return dict(re.findall(r"\| ((?:lm|exact) loss[\d -]*?) value: (\S+)", line))
+
+
+def assert_close(log: Log, reference: Log, steps: Iterable[int] = range(1, 9), rel: float = 1e-6) -> None:
+    """Printed losses and gradient norms agree to a unit or two of the last digit; nothing is printed by one alone."""
+    mine, theirs = log.steps(), reference.steps()
+    for step in steps:
+        assert mine[step].keys() == theirs[step].keys()
+        for key, value in theirs[step].items():
+            tolerance = 1e-3 if key == "grad norm" else rel
+            assert float(mine[step][key]) == pytest.approx(float(value), rel=tolerance), (step, key)
 
 
 PATCHES = HERE.parent.parent / "patches"

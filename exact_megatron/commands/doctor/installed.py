@@ -106,7 +106,10 @@ def megatron_lm(script: Path) -> str:
     if version and version < LEAST_CORE:
         least = ".".join(map(str, LEAST_CORE))
         return f"no: core {label}, its loss_func reduces what it reports; {least} or later is needed"
-    functions = functions_of(script.read_text())
+    try:
+        functions = functions_of(script.read_text())
+    except SyntaxError as error:
+        return f"no: {script}, line {error.lineno}: {error.msg}"
     missing = [
         f"{name} uses no {used}"
         for name, used in USES.items()
