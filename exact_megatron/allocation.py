@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .config import ExactConfig
 from .exposure import ExposureCensus, bucket_sums, log2_bucket_edges
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WIDEST = 2.0**24  # largest over smallest weight; beyond, adding the two in float32 loses the smaller
 MEAN_TOLERANCE = 1e-4  # of the corpus mean; float32 keeps it to about 1e-7 while no weight is many times another
@@ -52,6 +55,8 @@ class WeightTable:
         if weighted:
             config = self.config = _resolve_alpha(bucket_counts, self.tail, config)
             self.bucket_weights = _bucket_weights(bucket_counts, self.tail, config, self.counts)
+
+        self._lookups: dict[Any, Tensor] = {}  # by device
 
         scale = 1.0
         if config.normalization == "corpus":
@@ -128,6 +133,29 @@ class WeightTable:
         return cls.from_counts(
             np.ones(seq_length + 1, np.int64), seq_length, alpha=1.0, gamma=0.0, tau=0, normalization="none"
         )
+
+    def weights(self, labels: Tensor, **documents: Any) -> Tensor:
+        """Weight of every label of a batch, for a training loop of one's own: sum(weights * losses) / supervised labels.
+
+        Args:
+            labels: int [S] or [b, S], on any device.
+            documents: position_ids, cu_seqlens or document_ids, and the other arguments of `batch_context.effective_contexts`.
+
+        Returns:
+            float32 like labels; 0 where a label is not supervised. A context above the window has the weight of the window.
+
+        Raises:
+            ValueError: see `batch_context.effective_contexts`.
+        """
+        import torch
+
+        from .batch_context import UNSUPERVISED, effective_contexts
+
+        context = effective_contexts(labels, **documents)
+        lookup = self._lookups.get(labels.device)
+        if lookup is None:
+            lookup = self._lookups[labels.device] = torch.from_numpy(self.lookup).to(labels.device)
+        return lookup[context.clamp(0, self.seq_length)] * (context != UNSUPERVISED)
 
     @property
     def part_names(self) -> list[str]:
