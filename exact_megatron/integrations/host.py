@@ -1,19 +1,20 @@
-"""What every host does alike: what EXACT says, refuses, builds, saves and guards at a resume in one run of it.
+"""What every host does alike: what EXACT says, builds, saves and guards at a resume in one run of it.
 
-A new host is a module beside this one. It writes
+A new host is a module beside this one. It supplies
 
-* `Words`, what its users call things, and rows of what it refuses (refusals.py), looked at by `refuse` before the first step;
-* a subclass of `Host` with `masking` and `seq_length`;
+* `Words`: what its users call things;
+* tables of what is rejected (refusals.py), which it hands to `refuse` before the first step;
+* a `Host`, or a subclass of it, with `masking` and `seq_length`;
 
-and puts into the host's own code, as hooks.replaced does:
+and puts these into the host's own code, for example with hooks.replaced:
 
-* `host.loss.wrap(loss_func)` around its loss function, before data are built;
+* `host.loss.wrap(loss_func)` around the loss function, before data are built;
 * `functools.partial(HostBuilder, host)` in place of BlendedMegatronDatasetBuilder;
-* `host.masking_init(GPTModel.__init__)`, or `host.build_masked`, where it builds its model, and documents.feed_documents around its
-  forward step, where EXACT masks the documents;
-* `host.ready()` before each step, and `host.loss.check()` when it has trained;
-* `host.saving(save)` around what writes a checkpoint, which stores `host.entry`; `host.guard(entry)` where it reads one, also in runs
-  that do not enable EXACT.
+* where EXACT masks the documents: `host.masking_init(GPTModel.__init__)` or `host.build_masked` where the model is built, and
+  documents.feed_documents around the forward step;
+* `host.ready()` before a step, and `host.loss.check()` at the end of training;
+* `host.saving(save)` around what writes a checkpoint, which stores `host.entry`; `host.guard(entry)` where a checkpoint is read, also in
+  runs that do not enable EXACT.
 """
 
 from __future__ import annotations
@@ -60,12 +61,12 @@ class Host:
     """EXACT in one run of a host.
 
     Attributes:
+        masking: whether EXACT masks the documents; the host sets it, or a property does, before data and model are built.
+        seq_length: S, alike.
         config: the settings.
         words: the host's.
         loss: the hook in its loss.
         entry: what its checkpoints hold under `exact`, plain values; empty until the data are built.
-        masking: whether EXACT masks the documents.
-        seq_length: S.
         weighted: whether weighted data were built.
         masked: whether a model with DocumentAttention was built.
     """
