@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..config import ExactConfig, ExactError
 from ..utils.tokenizer import UNKNOWN, Identity
-from .processes import end_checkpoint_queue_with_this_process
+from .processes import keep_checkpoint_results_in_this_process
 from .schema import RunConfig
 
 _STEP = re.compile(r"step_(\d+)$")
@@ -200,7 +200,7 @@ def save(
     Raises:
         ExactError: a rank could not write its part, the disk is full for example.
     """
-    end_checkpoint_queue_with_this_process()
+    keep_checkpoint_results_in_this_process()
     final = Path(run_dir, "checkpoints", f"step_{step:08d}")
     partial = final.with_name(final.name + ".partial")
     first = torch.distributed.get_rank() == 0

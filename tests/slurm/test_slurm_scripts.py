@@ -48,7 +48,7 @@ esac
 
 @pytest.fixture
 def slurm(tmp_path):
-    """run(script, *arguments, **settings) in a folder with stand-ins for Slurm's commands and an environment that is all but empty."""
+    """run(script, *arguments, **settings) in a folder with stand-ins for Slurm's commands, a clock a hundred times as fast, and an environment that is all but empty."""
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, text in {
@@ -57,6 +57,7 @@ def slurm(tmp_path):
         "srun": SRUN,
         "scontrol": SCONTROL,
         "scancel": "",
+        "sleep": 'exec /bin/sleep "$(awk -v s="$1" "BEGIN { print s / 100 }")"',
         "getent": "exit ${GETENT:-0}",
     }.items():
         (commands / name).write_text("#!/usr/bin/env bash\n" + text)
