@@ -21,18 +21,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path[:0] = [p for p in (str(HERE), str(HERE.parent)) if p not in sys.path]
-os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-
-from exact_megatron.attention import (  # noqa: E402
-    DocumentAttention,
-    context_parallel,
-    document_boundaries,
-)
-from tests.helpers.groups import share_process_groups  # noqa: E402
-from tests.helpers.ranks import launch  # noqa: E402
-from tests.unit.attention.test_attention import PACKINGS, S, assert_close, attend, config, dense, packing, run, tensors  # noqa: E402
+from exact_megatron.attention import DocumentAttention, context_parallel, document_boundaries
+from tests.helpers.groups import share_process_groups
+from tests.helpers.ranks import launch
+from tests.unit.attention.test_attention import PACKINGS, S, assert_close, attend, config, dense, packing, run, tensors
 
 WORLD, SECONDS = 4, 300
 GROUPS: dict[int, dist.ProcessGroup] = {}

@@ -48,7 +48,10 @@ esac
 
 @pytest.fixture
 def slurm(tmp_path):
-    """run(script, *arguments, **settings) in a folder with stand-ins for Slurm's commands, a clock a hundred times as fast, and an environment that is all but empty."""
+    """run(script, *arguments, **settings) in a folder with stand-ins for Slurm's commands and an environment that is all but empty.
+
+    `sleep` waits a hundredth of what it is asked for.
+    """
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, text in {
