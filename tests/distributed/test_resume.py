@@ -75,7 +75,7 @@ def assert_bitwise(run_dir, straight):
 
 def end_tree(process):
     """Kill what is left of a launch; torchrun's ranks are in sessions of their own."""
-    for started in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
+    for started in children(process) if process.poll() is None else []:
         started.kill()
     process.end()
 
@@ -239,6 +239,13 @@ def children(process):
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def command_line(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # a writer that has finished
+        return ""
+
+
 def test_one_writer_a_folder_and_no_orphans_after_kill(straight):
     """With loader workers and a checkpoint's helpers alive: a second run is refused, and kill -9 frees the folder at once."""
     folder, config, *_ = straight
@@ -257,6 +264,7 @@ def test_one_writer_a_folder_and_no_orphans_after_kill(straight):
         assert process.poll() is None
         started = children(process)
         assert len(started) >= 2, "two workers, perhaps a checkpoint's writers"
+        assert not any("spawn_main" in command_line(child) for child in started), "none that imports torch anew"
         process.send_signal(signal.SIGKILL)
         _, left = psutil.wait_procs(started, timeout=5)
         assert not left
