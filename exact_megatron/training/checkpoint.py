@@ -36,7 +36,7 @@ _STEP = re.compile(r"step_(\d+)$")
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 CONTENT = {"content_metadata": _SHARDING}  # as dist_checkpointing.save stores it
 CHECKSUMS = "checksums.json"
-_ALWAYS = (".metadata", "common.pt", "metadata.json")  # files of every checkpoint
+_ALWAYS = (".metadata", "metadata.json")  # files of every checkpoint; the state is in common.pt up to megatron.core 0.18
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -300,14 +300,13 @@ def read_state(path: Path) -> dict[str, Any]:
     """The `state` of a checkpoint, see `describe`, without its tensors; needs no process group.
 
     Raises:
-        ValueError: common.pt is damaged, or no checkpoint's.
+        ValueError: it is damaged, or no checkpoint's.
     """
     try:
         return dist_checkpointing.load_common_state_dict(str(path))["state"]
     except Exception as error:  # whatever unpickling makes of other bytes
-        raise ValueError(
-            f"{path / 'common.pt'} cannot be read ({' '.join(str(error).split()) or repr(error)})"
-        ) from error
+        where = path / "common.pt" if (path / "common.pt").exists() else path
+        raise ValueError(f"{where} cannot be read ({' '.join(str(error).split()) or repr(error)})") from error
 
 
 def tokenizer_of(state: dict[str, Any]) -> Identity:
