@@ -36,7 +36,10 @@ _STEP = re.compile(r"step_(\d+)$")
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 CONTENT = {"content_metadata": _SHARDING}  # as dist_checkpointing.save stores it
 CHECKSUMS = "checksums.json"
-_ALWAYS = (".metadata", "metadata.json")  # files of every checkpoint; the state is in common.pt up to megatron.core 0.18
+_ALWAYS = (
+    ".metadata",
+    "metadata.json",
+)  # files of every checkpoint; the state is in common.pt up to megatron.core 0.18
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
