@@ -47,12 +47,13 @@ def end(processes: list[subprocess.Popen]) -> None:
 
 
 def launch(script: str, arguments: list[str], world: int, timeout: float = 480) -> None:
-    """Run tests/SCRIPT ARGUMENTS as `world` ranks; AssertionError with the output of the rank that failed."""
+    """Run tests/SCRIPT ARGUMENTS (or -m ARGUMENTS) as `world` ranks; AssertionError with the output of the rank that failed."""
+    command = ["-m" if script == "-m" else str(HERE / script), *arguments]
     port = free_port()
     ranks: list[Forked] = []
     try:
         for rank in range(world):
-            ranks.append(Forked([str(HERE / script), *arguments], env=environment(rank, world, port)))
+            ranks.append(Forked(command, env=environment(rank, world, port)))
         outputs = ["".join(rank.communicate(timeout)) for rank in ranks]
         codes = [rank.returncode for rank in ranks]
     finally:

@@ -25,16 +25,22 @@ def write_documents(prefix: Path | str, documents: Iterable[Any], dtype: type = 
 
 
 def write_data(
-    folder: Path, name: str = "x", seed: int = 11, tokens: tuple[int, int] = (1, VOCABULARY), eod: int = 0
+    folder: Path,
+    name: str = "x",
+    seed: int = 11,
+    tokens: tuple[int, int] = (1, VOCABULARY),
+    eod: int = 0,
+    ordinary: int = 60,
 ) -> str:
-    """Documents of 1, 2, S - 1, S, S + 1 and 10 S tokens among ordinary ones, each closed by its only EOD; returns the prefix.
+    """Documents of 1, 2, S - 1, S, S + 1 and 10 S tokens among `ordinary` short and as many longer ones, each closed by its only EOD;
+    returns the prefix.
 
     Args:
         tokens: the least id, and the one after the last.
     """
     rng = np.random.default_rng(seed)
     s = SEQ_LENGTH
-    lengths = [1, 2, s - 1, s, s + 1, 10 * s, *rng.integers(1, 12, 60), *rng.integers(1, 3 * s, 60)]
+    lengths = [1, 2, s - 1, s, s + 1, 10 * s, *rng.integers(1, 12, ordinary), *rng.integers(1, 3 * s, ordinary)]
     rng.shuffle(lengths)
     return write_documents(folder / name, (np.append(rng.integers(*tokens, n - 1), eod) for n in lengths))
 
