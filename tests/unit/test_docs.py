@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "exact_megatron"
 PYTHON_FILES = [
     path
-    for folder in ("exact_megatron", "benchmarks", "docs", "examples", "tests")
+    for folder in ("exact_megatron", "docs", "examples", "tests")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 NAMED = re.compile(r"(?<![\w/.*<>{}$-])(?:\./)?([\w./-]*[\w-]+\.py)\b(?!/)")
