@@ -17,7 +17,7 @@ from .jobs import TRIALS
 
 
 def print_plan(args: argparse.Namespace) -> int:
-    """Print the cells, and how long they take by geometry.py's FLOPs at an assumed utilisation; whole windows count in every arm.
+    """Print the cells, and how long they take by benchmark/geometry.py's FLOPs at an assumed utilisation; whole windows count in every arm.
 
     Raises:
         ValueError: --assume-mfu is no share; see read_cells.
