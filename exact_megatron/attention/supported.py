@@ -9,6 +9,10 @@ from typing import Any
 
 from ..refusals import Row, is_above_1, is_set, reasons
 
+# Documents x heads x longest query x longest key of a call: from here on Transformer Engine gives a deterministic backward of packed
+# documents on Hopper to no cuDNN of any version (2.20.2, attention/dot_product_attention/utils.py, SM90_DET_FUSED_THD_BWD_MAX_BHSS).
+DETERMINISTIC_LIMIT = 1 << 30
+
 # Megatron's words for the exchanges. p2p, a ring, is what Megatron-LM has where nothing was asked for.
 COMM_TYPES = {None: "auto", "p2p": "auto", "a2a": "ulysses", "all_gather": "gather"}
 

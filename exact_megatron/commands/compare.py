@@ -9,8 +9,6 @@ import json
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from ..training.run_lock import only_writer
 from ..training.schema import RunConfig
 from ..utils.environment import machine
 from ..utils.files import changed_settings, write_text
-from ..utils.ranks import is_rank, torchrun
+from ..utils.ranks import is_rank, launch, torchrun
 
 # Settings that may change between a run and its repetition, since its numbers do not depend on them.
 _HARMLESS = (
@@ -240,57 +238,6 @@ def _refuse_other_run(arm: Arm) -> None:
         raise ValueError(
             f"{arm.folder} has a checkpoint at step {arm.steps_done}, beyond its last step {last}: remove it"
         )
-
-
-def launch(command: list[str]) -> int:
-    """Run a command with its output passed through, and return its exit code.
-
-    It gets a session of its own, so that Ctrl-C in the terminal reaches it as one SIGTERM, at which it saves
-    a checkpoint and stops.
-
-    Raises:
-        KeyboardInterrupt: this process got SIGINT; the command has ended.
-        SystemExit: it got SIGTERM or SIGHUP; the code is 128 + signal.
-    """
-    received: list[int] = []
-    process: subprocess.Popen[bytes] | None = None
-
-    def stop(number: int, frame: Any) -> None:
-        received.append(number)
-        if process is None:
-            return
-        if len(received) == 1:
-            print("stopping after a checkpoint; a second signal kills", file=sys.stderr, flush=True)
-            process.terminate()
-        else:
-            _kill(process.pid)
-
-    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        process = subprocess.Popen(command, start_new_session=True)
-        if received:
-            process.terminate()
-        code = process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if received:
-        if received[0] == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + received[0])
-    return code
-
-
-def _kill(pid: int) -> None:
-    """Kill a process and all that it started; torchrun's ranks are in sessions of their own."""
-    import psutil  # type: ignore[import-untyped]
-
-    try:
-        parent = psutil.Process(pid)
-        for process in [*parent.children(recursive=True), parent]:
-            process.kill()
-    except psutil.NoSuchProcess:
-        return
 
 
 def describe(arm: Arm) -> dict[str, Any]:

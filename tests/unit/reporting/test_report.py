@@ -452,7 +452,11 @@ def test_launch_passes_exit_codes_and_output_on(compare, capfd):
     assert "seen" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)],
+    ids=["SIGINT", "SIGTERM", "SIGUSR1"],
+)
 @pytest.mark.parametrize("stubborn", [False, True], ids=["obeys", "ignores"])
 def test_launch_ends_the_child_on_a_signal(compare, tmp_path, number, code, stubborn):
     """A first signal asks the child to stop; a second kills it and its children in other sessions."""
@@ -485,7 +489,9 @@ def test_launch_ends_the_child_on_a_signal(compare, tmp_path, number, code, stub
         time.sleep(0.02)
     process.send_signal(number)
     assert "stopping after a checkpoint" in process.stderr.readline()
+    process.send_signal(number)  # at once: the same request, as `timeout` makes it
     if stubborn:
+        time.sleep(0.3)
         process.send_signal(number)
     assert process.wait(timeout=30) == code
     rank = int((tmp_path / "pid").read_text())
