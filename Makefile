@@ -18,11 +18,12 @@ export MPLBACKEND := Agg
 
 .PHONY: demo setup test test-mcore-0.19 test-te test-upstream test-bridge test-bridge-0.6 test-nemo test-slurm test-eval test-wheel walkthrough gpu-dry-run lint clean
 
-$(VENV)/.installed: setup.py constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --upgrade pip
-	$(VENV)/bin/pip install --quiet -c constraints.txt torch  # first: the version that is tested, before another package asks for any
-	$(VENV)/bin/pip install --quiet -c constraints.txt -e ".[dev]"
+$(VENV19)/.installed: PYTHON := $(PYTHON312)
+$(VENV)/.installed $(VENV19)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --upgrade pip
+	$(@D)/bin/pip install --quiet -c constraints.txt torch  # first: the version that is tested, before another package asks for any
+	$(@D)/bin/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
 setup: $(VENV)/.installed  ## the environment of `make demo` and `make test`
@@ -35,12 +36,6 @@ demo: setup  ## prepare real text, count exposure, compare baseline and EXACT; r
 
 test: setup  ## everything that needs neither a GPU, nor root, nor a checkout of another project
 	$(VENV)/bin/python -m pytest -q --durations=10
-
-$(VENV19)/.installed: setup.py
-	$(PYTHON312) -m venv $(VENV19)
-	$(VENV19)/bin/pip install --quiet --upgrade pip
-	$(VENV19)/bin/pip install --quiet megatron-core==0.19.2 -e ".[dev]"
-	touch $@
 
 test-mcore-0.19: $(VENV19)/.installed  ## the same tests on megatron-core 0.19.2, Python 3.12 (4.7 GB: it imports triton)
 	$(VENV19)/bin/python -m pytest -q --durations=10

@@ -83,6 +83,9 @@ def _main(given: list[str]) -> int:
     add.add_argument("--seq-length", type=int, required=True, help="window in tokens")
     defaults = ExactConfig()
     add.add_argument("--alpha", type=float, help=f"default: {defaults.alpha}")
+    add.add_argument(
+        "--tail-share", type=float, help="share of the loss weight that the tail gets, in place of --alpha"
+    )
     add.add_argument("--gamma", type=float, help=f"default: {defaults.gamma}")
     add.add_argument("--tau", type=int, help="lower edge of the tail; default: a quarter of the window")
     add.add_argument("--eps", type=float, help=f"default: {defaults.eps}")

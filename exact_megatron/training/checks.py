@@ -126,6 +126,17 @@ def _window(config: RunConfig) -> None:
         raise ValueError(
             "model.rope_scaling and model.seq_len_interpolation_factor both scale the positions: choose one"
         )
+    if scaling.rope_type == "yarn":
+        if m.rotary_percentage != 1:
+            raise ValueError(
+                f"model.rope_scaling.rope_type=yarn scales whole queries and keys, model.rotary_percentage={m.rotary_percentage:g} "
+                "rotates a part of them: set it to 1"
+            )
+        if scaling.beta_fast <= scaling.beta_slow:
+            raise ValueError(
+                f"model.rope_scaling.beta_fast={scaling.beta_fast:g} must be above model.rope_scaling.beta_slow={scaling.beta_slow:g}"
+            )
+        return
     if scaling.high_freq_factor <= scaling.low_freq_factor:  # llama3 divides by their difference
         raise ValueError(
             f"model.rope_scaling.high_freq_factor={scaling.high_freq_factor:g} must be above "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import importlib.util
 from typing import Any
 
@@ -23,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..attention.document_attention import DocumentAttention
 from ..attention.supported import check_supported, transformer_engine_version, unsupported_loss
+from . import rope
 from .chunked_loss import chunk_loss
 from .schema import RunConfig
 from .torch_adam import restore_torch_adam_steps
@@ -113,6 +113,7 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         activation_func=torch.nn.functional.silu if swiglu else torch.nn.functional.gelu,
         normalization="RMSNorm" if m.normalization == "rmsnorm" else "LayerNorm",
         layernorm_epsilon=m.layernorm_epsilon,
+        softmax_scale=rope.softmax_scale(m.kv_channels or m.hidden_size // m.num_attention_heads, m.rope_scaling),
         add_bias_linear=m.bias,
         add_qkv_bias=m.qkv_bias,
         qk_layernorm=m.qk_layernorm,
@@ -198,12 +199,13 @@ def build_chunks(run: RunConfig, vocab_size: int, device: torch.device) -> list[
             seq_len_interpolation_factor=m.seq_len_interpolation_factor,
             vp_stage=vp_stage,
         )
+        rotary = model.rotary_pos_emb
         if m.rope_scaling.rope_type == "llama3":  # megatron.core's argument for it sets the factor alone
-            rotary = model.rotary_pos_emb
-            scaling = dataclasses.asdict(m.rope_scaling)
-            rotary.inv_freq = rotary._apply_scaling(
-                rotary.inv_freq, **{k: scaling[k] for k in scaling if k != "rope_type"}
-            )
+            scaling = m.rope_scaling.used()
+            scaling.pop("rope_type")
+            rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling)
+        elif m.rope_scaling.rope_type == "yarn":
+            rotary.inv_freq = rope.yarn_frequencies(rotary.inv_freq, m.rotary_base, m.rope_scaling)
         model = model.to(device)
         if config.bf16:
             model = model.bfloat16()

@@ -135,15 +135,39 @@ class OptimConfig:
         return self.name in ("mcore_distributed_optim", "distributed_fused_adam")
 
 
+# What each type reads from a config.json's rope_scaling (transformers 5.24: modeling_rope_utils).
+ROPE_SCALING_KEYS = {
+    "default": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "truncate",
+    ),
+}
+
+
 @dataclass
 class RopeScalingConfig:
     """`rope_scaling` of a config.json, with its names; scaling of type linear is model.seq_len_interpolation_factor."""
 
-    rope_type: str = choice("default", ["default", "llama3"])
-    factor: float = number(8.0, least=1)  # the rest is read with llama3 only
-    low_freq_factor: float = number(1.0, above=0)
-    high_freq_factor: float = number(4.0, above=0)
+    rope_type: str = choice("default", ["default", "llama3", "yarn"])
+    factor: float = number(8.0, least=1)
     original_max_position_embeddings: int = whole(8192, least=1)
+    low_freq_factor: float = number(1.0, above=0)  # llama3
+    high_freq_factor: float = number(4.0, above=0)  # llama3
+    beta_fast: float = number(32.0, above=0)  # yarn: turns in the original window from which a frequency stays as it is
+    beta_slow: float = number(1.0, above=0)  # yarn: turns up to which it is divided by factor
+    attention_factor: Optional[float] = number(None, above=0)  # yarn: scales queries and keys; null: 0.1 ln(factor) + 1
+    truncate: bool = switch(True)  # yarn: the ramp between both begins and ends at whole dimensions
+
+    def used(self) -> dict[str, Any]:
+        """The settings that `rope_type` reads, without those that are null."""
+        values = {key: getattr(self, key) for key in ("rope_type", *ROPE_SCALING_KEYS[self.rope_type])}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 @dataclass

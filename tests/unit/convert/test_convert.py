@@ -18,7 +18,7 @@ from exact_megatron.convert.config_json import model_settings
 from exact_megatron.convert.convert import _whole, hf_to_megatron, megatron_to_hf
 from exact_megatron.convert.weights import HuggingFaceWeights
 from tests.helpers import hf_models
-from tests.helpers.hf_models import FAMILIES, LLAMA3, TOKENIZER, edit, make, tensors
+from tests.helpers.hf_models import FAMILIES, LLAMA3, TOKENIZER, YARN, edit, make, tensors
 from tests.helpers.ranks import launch
 
 pytest.importorskip("transformers", reason="the reference; pip install exact-megatron[hf]")
@@ -31,6 +31,16 @@ WINDOWS = {
     "linear": (
         ["model.seq_len_interpolation_factor=2"],
         {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "yarn": (
+        [
+            "model.rope_scaling={rope_type: yarn, factor: 16, original_max_position_embeddings: 64, attention_factor: 1.5}"
+        ],
+        {
+            "rope_theta": 5e5,
+            "rope_scaling": YARN
+            | {"factor": 16.0, "attention_factor": 1.5, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True},
+        },
     ),
     "llama3": (
         ["model.rope_scaling={rope_type: llama3, factor: 16, original_max_position_embeddings: 64}"],
@@ -297,8 +307,8 @@ def test_the_tokenizer_is_recorded_and_compared(tmp_path):
         ("llama3", {"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "auto_map="),
         (
             "llama3",
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "rope_scaling=.*yarn.* can be default, linear",
+            {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+            "rope_scaling=.*longrope.* can be default, linear, llama3 or yarn",
         ),
         ("llama3", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling=.*dynamic"),
         ("llama3", {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "llama3 needs low_freq_factor, high"),
@@ -460,6 +470,19 @@ def test_settings_of_transformers_4_and_5_are_read_alike():
     five = model_settings({**sizes, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}})
     assert four == five
     assert four["rotary_base"] == 5e5 and four["rope_scaling"] == LLAMA3
+    original = {key: YARN[key] for key in YARN if key != "original_max_position_embeddings"}
+    defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+    for given in (
+        YARN,
+        YARN | {"beta_fast": None, "attention_factor": None},
+        YARN | {"mscale": 0.5},
+    ):  # as transformers reads them
+        assert model_settings({**sizes, "rope_scaling": given})["rope_scaling"] == YARN | defaults
+    window = sizes["max_position_embeddings"]
+    assert (
+        model_settings({**sizes, "rope_scaling": original})["rope_scaling"]["original_max_position_embeddings"]
+        == window
+    )
     old = {"type": "linear", "factor": 2}
     assert model_settings({**sizes, "rope_scaling": old})["seq_len_interpolation_factor"] == 2.0
 
