@@ -90,7 +90,7 @@ def fake_runs(monkeypatch):
     """No processes: a run leaves its config.yaml, a line of metrics, the checkpoint of its last step and its validation."""
     launched = []
 
-    def launch(command, deadline):
+    def launch(command):
         if "exact_megatron.benchmark.arms" in command:
             proof = Path(command[command.index("exact_megatron.benchmark.arms") + 1])
             proof.parent.mkdir(parents=True, exist_ok=True)
@@ -165,13 +165,13 @@ def test_compare_refuses_a_folder_with_other_settings(fake_runs, tmp_path):
 def test_compare_names_the_run_that_failed_or_stopped(fake_runs, tmp_path, monkeypatch):
     config = yaml_file(tmp_path)
     fake = steps.launch
-    monkeypatch.setattr(steps, "launch", lambda command, deadline: 2)
+    monkeypatch.setattr(steps, "launch", lambda command: 2)
     with pytest.raises(RuntimeError, match="would not differ as they must: see above; nothing was trained"):
         compare.compare(config, [], 128, 10)
-    monkeypatch.setattr(steps, "launch", lambda *given: 3 if "train" in given[0] else fake(*given))
+    monkeypatch.setattr(steps, "launch", lambda command: 3 if "train" in command else fake(command))
     with pytest.raises(RuntimeError, match="the run base failed with exit code 3"):
         compare.compare(config, [], 128, 10)
-    monkeypatch.setattr(steps, "launch", lambda command, deadline: 0)
+    monkeypatch.setattr(steps, "launch", lambda command: 0)
     with pytest.raises(RuntimeError, match="the run base was stopped after step 0 of 10"):
         compare.compare(config, [], 128, 10)
 
@@ -180,8 +180,8 @@ def test_compare_names_the_run_that_failed_or_stopped(fake_runs, tmp_path, monke
 def test_a_run_that_was_not_trained_as_its_arm_ends_the_comparison(fake_runs, tmp_path, monkeypatch, arm, problem):
     fake = steps.launch
 
-    def launch(command, deadline):
-        code = fake(command, deadline)
+    def launch(command):
+        code = fake(command)
         if fake_runs[-1] == arm:  # this one was just trained
             loss = 4.0 if problem == "weighted" else 3.0
             line = json.dumps({"step": 1, "lm_loss": 3.0, "exact_loss": loss})
