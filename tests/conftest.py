@@ -10,6 +10,7 @@ import pytest
 
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # else every process starts C++ compilers
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' tensors are small, and several ranks share the cores
 
 
 @pytest.fixture

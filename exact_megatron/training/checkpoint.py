@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..config import ExactConfig, ExactError
 from ..utils.tokenizer import UNKNOWN, Identity
-from .processes import end_checkpoint_queue_with_this_process
+from .processes import keep_checkpoint_results_in_this_process
 from .schema import RunConfig
 
 _STEP = re.compile(r"step_(\d+)$")
@@ -36,7 +36,7 @@ _STEP = re.compile(r"step_(\d+)$")
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 CONTENT = {"content_metadata": _SHARDING}  # as dist_checkpointing.save stores it
 CHECKSUMS = "checksums.json"
-_ALWAYS = (".metadata", "common.pt", "metadata.json")  # files of every checkpoint
+_ALWAYS = (".metadata", "metadata.json")  # files of every checkpoint; the state is in common.pt up to megatron.core 0.18
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -200,7 +200,7 @@ def save(
     Raises:
         ExactError: a rank could not write its part, the disk is full for example.
     """
-    end_checkpoint_queue_with_this_process()
+    keep_checkpoint_results_in_this_process()
     final = Path(run_dir, "checkpoints", f"step_{step:08d}")
     partial = final.with_name(final.name + ".partial")
     first = torch.distributed.get_rank() == 0
@@ -300,14 +300,13 @@ def read_state(path: Path) -> dict[str, Any]:
     """The `state` of a checkpoint, see `describe`, without its tensors; needs no process group.
 
     Raises:
-        ValueError: common.pt is damaged, or no checkpoint's.
+        ValueError: it is damaged, or no checkpoint's.
     """
     try:
         return dist_checkpointing.load_common_state_dict(str(path))["state"]
     except Exception as error:  # whatever unpickling makes of other bytes
-        raise ValueError(
-            f"{path / 'common.pt'} cannot be read ({' '.join(str(error).split()) or repr(error)})"
-        ) from error
+        where = path / "common.pt" if (path / "common.pt").exists() else path
+        raise ValueError(f"{where} cannot be read ({' '.join(str(error).split()) or repr(error)})") from error
 
 
 def tokenizer_of(state: dict[str, Any]) -> Identity:

@@ -21,6 +21,7 @@ from exact_megatron.attention import document_boundaries
 from exact_megatron.training import checkpoint, model
 from exact_megatron.training.config import load_config
 from exact_megatron.training.trainer import init_distributed, shutdown
+from tests.helpers.groups import share_process_groups
 
 unfused_spec = model.layer_spec
 
@@ -99,6 +100,7 @@ def logits(job):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    share_process_groups()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         logits(job)
     torch.distributed.destroy_process_group()

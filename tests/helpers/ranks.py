@@ -29,7 +29,8 @@ def end(processes: list[subprocess.Popen]) -> None:
 
 
 def launch(script: str, arguments: list[str], world: int, timeout: float = 480) -> None:
-    """Run tests/SCRIPT ARGUMENTS as `world` ranks; AssertionError with the output of the rank that failed."""
+    """Run tests/SCRIPT ARGUMENTS (or -m ARGUMENTS) as `world` ranks; AssertionError with the output of the rank that failed."""
+    command = ["-m" if script == "-m" else str(HERE / script), *arguments]
     meeting = {
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
@@ -41,7 +42,7 @@ def launch(script: str, arguments: list[str], world: int, timeout: float = 480) 
     try:
         for rank in range(world):
             env = {**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(Forked([str(HERE / script), *arguments], env=env))
+            ranks.append(Forked(command, env=env))
         outputs = ["".join(rank.communicate(timeout)) for rank in ranks]
         codes = [rank.returncode for rank in ranks]
     finally:

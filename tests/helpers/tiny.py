@@ -10,14 +10,14 @@ VOCABULARY = 96
 SEQ_LENGTH = 64
 
 
-def write_data(folder: Path) -> str:
-    """Documents of 1, 2, S - 1, S, S + 1 and 10 S tokens among ordinary ones, each closed by EOD (0)."""
+def write_data(folder: Path, ordinary: int = 60) -> str:
+    """Documents of 1, 2, S - 1, S, S + 1 and 10 S tokens among `ordinary` short and as many longer ones, each closed by EOD (0)."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     rng = np.random.default_rng(11)
     s = SEQ_LENGTH
-    lengths = [1, 2, s - 1, s, s + 1, 10 * s, *rng.integers(1, 12, 60), *rng.integers(1, 3 * s, 60)]
+    lengths = [1, 2, s - 1, s, s + 1, 10 * s, *rng.integers(1, 12, ordinary), *rng.integers(1, 3 * s, ordinary)]
     rng.shuffle(lengths)
     prefix = str(folder / "x")
     builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)

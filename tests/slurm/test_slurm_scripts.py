@@ -48,7 +48,10 @@ esac
 
 @pytest.fixture
 def slurm(tmp_path):
-    """run(script, *arguments, **settings) in a folder with stand-ins for Slurm's commands and an environment that is all but empty."""
+    """run(script, *arguments, **settings) in a folder with stand-ins for Slurm's commands and an environment that is all but empty.
+
+    `sleep` waits a hundredth of what it is asked for.
+    """
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, text in {
@@ -57,6 +60,7 @@ def slurm(tmp_path):
         "srun": SRUN,
         "scontrol": SCONTROL,
         "scancel": "",
+        "sleep": 'exec /bin/sleep "$(awk -v s="$1" "BEGIN { print s / 100 }")"',
         "getent": "exit ${GETENT:-0}",
     }.items():
         (commands / name).write_text("#!/usr/bin/env bash\n" + text)

@@ -18,6 +18,7 @@ from exact_megatron.convert.config_json import model_settings
 from exact_megatron.convert.convert import _whole, hf_to_megatron, megatron_to_hf
 from exact_megatron.convert.weights import HuggingFaceWeights
 from tests.helpers import hf_models
+from tests.helpers.forked import run
 from tests.helpers.hf_models import FAMILIES, LLAMA3, TOKENIZER, YARN, edit, make, tensors
 from tests.helpers.ranks import launch
 
@@ -379,7 +380,7 @@ def test_one_conversion_writes_an_output(tmp_path):
     with _whole(tmp_path / "out") as folder:
         assert [path.name for path in folder.iterdir()] == ["run.lock"]
         (folder / "config.json").write_text("{}")
-        other = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True)
+        other = run(["-c", script, str(tmp_path / "out")])
         assert "is in use: a run on host" in other.stderr and "another OUTPUT" in other.stderr
         assert (folder / "config.json").is_file()
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/config.json"]
@@ -490,7 +491,7 @@ def test_settings_of_transformers_4_and_5_are_read_alike():
 def test_a_conversion_holds_a_layer_not_the_model(tmp_path):
     """The most that a conversion of 289 MB of weights adds to the process's own memory, both ways."""
     script = Path(__file__).parents[2] / "distributed" / "run_convert_memory.py"
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=200)
+    done = run([str(script), str(tmp_path)], timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["weights"] > 280e6
