@@ -25,7 +25,7 @@ from ..config import ExactConfig, ExactError
 from ..dataset import from_rank_0, members
 from ..loss import EXACT_LOSS, LM_LOSS, ExactLoss, bucket_of, gpt_loss
 from ..qk_timing import QKTiming
-from . import checkpoint, determinism
+from . import checkpoint, checkpoint_files, checkpoint_state, determinism
 from .data import STOP_SIGNALS, build_datasets, build_loader, get_batch
 from .data_files import read_vocabulary
 from .memory_record import record_memory
@@ -159,7 +159,9 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         digests, tokenizer = self.builder.digests, self.start.tokenizer
-        return checkpoint.describe(self.run, self.step, self.vocabulary.vocab_size, **digests, tokenizer=tokenizer)
+        return checkpoint_state.describe(
+            self.run, self.step, self.vocabulary.vocab_size, **digests, tokenizer=tokenizer
+        )
 
     def _load(self) -> None:
         """Load what `start` names into model, optimizer and schedule."""
@@ -292,7 +294,7 @@ class Trainer:
         params = run.exp_manager.checkpoint_callback_params
         if self.is_first:
             for path in self.start.damaged:
-                checkpoint.set_aside(path)
+                checkpoint_files.set_aside(path)
         log = RunLog(run, self.step, self.table, self.builder.census, self.console) if self.is_first else None
         loader = iter(build_loader(run, self.train_data, self.vocabulary, self.step * run.model.global_batch_size))
         # A signal that whoever started this rank has it ignore stays ignored, by the checkpoint's helper processes too.
