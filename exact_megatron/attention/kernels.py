@@ -110,8 +110,8 @@ def _te(q: Tensor, k: Tensor, v: Tensor | None, nq: Lengths, nk: Lengths, scale:
             [part.clone(memory_format=torch.contiguous_format) for part in t.split(tokens_k)] for t in (k, v)
         )
     return [
-        _te_call(*part, nq[group], nk[group], scale)
-        for *part, group in zip(parts_q, parts_k, parts_v, groups, strict=True)
+        _te_call(part_q, part_k, part_v, nq[group], nk[group], scale)
+        for part_q, part_k, part_v, group in zip(parts_q, parts_k, parts_v, groups, strict=True)
     ]
 
 
