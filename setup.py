@@ -34,7 +34,7 @@ extras = {
 }
 # lm-eval pins python-dateutil below the newest, so that this extra is in neither `all` nor `dev`: an environment of its own
 evaluation = [
-    "lm-eval[hf,ruler]>=0.4.13",
+    "lm-eval[hf,ruler]>=0.4.13,<0.5",
     "transformers>=4.56",
     "torch>=2.6",
     "tokenizers>=0.20",
