@@ -1,7 +1,7 @@
 """The built-in task of `exact-megatron study`: documents whose questions can only be answered from a fact further back.
 
 Words of a low-entropy chain, between them facts (`F key value`) and questions (`Q key value`) about facts of the same document. A
-question's value is determined by its fact and by nothing else, so that its loss measures the use of evidence at a known distance. Distances are
+question's value follows from its fact and from nothing else: its loss measures the use of evidence at a known distance. Distances are
 log-uniform and lengths log-normal: short distances are most of what a model sees, as in real corpora.
 
 Every word is one token: WORDS is the tokenizer's vocabulary after the end of a document.
