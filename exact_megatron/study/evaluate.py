@@ -20,6 +20,7 @@ import numpy as np
 from ..evaluation.model import Model
 from ..evaluation.scorer import Scorer
 from ..utils.files import write_text
+from ..utils.ranks import be_single_rank
 from .task import TEXT, VALUES, Document, document, question_at_the_end, token_ids
 
 EDGES = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # lower edges of the bins of distance, in tokens
@@ -97,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=40, help="for each distance, at fixed length")
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args(arguments)
+    be_single_rank()
     model = Model.at(args.run)
     scorer = model.scorer("auto", "auto")
     found = evaluate(scorer, args.window, args.documents, args.prompts, args.seed)
