@@ -182,7 +182,7 @@ class Trainer:
             self.run_dir, self.step, self.model, self.optimizer, self.scheduler, self.state(), params.save_top_k
         )
 
-    def _forward_step(self, loss_func: Any, iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
+    def forward_step(self, loss_func: Any, iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
         batch, packed = get_batch(iterator, self.device, self.run.model.data.document_masking)
         losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
         return losses, partial(loss_func, batch["loss_mask"])
@@ -193,7 +193,7 @@ class Trainer:
         micro_batches = [next(loader) for _ in range(self.run.num_microbatches)]
         iterators: list[Iterator[Any]] = [iter(micro_batches) for _ in self.model]
         reports = get_forward_backward_func()(
-            forward_step_func=partial(self._forward_step, loss_func),
+            forward_step_func=partial(self.forward_step, loss_func),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.model if len(self.model) > 1 else self.model[0],
             num_microbatches=self.run.num_microbatches,
