@@ -3,7 +3,7 @@ import pytest
 
 from exact_megatron.study.statistics import holm, paired
 
-pytest.importorskip("scipy", reason="pip install exact-megatron[study]")
+pytest.importorskip("scipy", reason="pip install exact-megatron[report]")
 
 
 def test_interval_covers_as_often_as_it_says():

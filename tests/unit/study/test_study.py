@@ -101,7 +101,7 @@ def put(file: Path, value: dict) -> None:
 
 
 def test_the_page_has_paired_differences(study_file):
-    pytest.importorskip("scipy", reason="pip install exact-megatron[study]")
+    pytest.importorskip("scipy", reason="pip install exact-megatron[report]")
     study = read_study(study_file)
     with pytest.raises(ValueError, match="holds no arm beside its baseline yet"):
         write_report(study)
