@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ..config import PREFIX
 from ..reporting.comparison import write_report
 from ..study.runs import Arm, Run, Stage, plan_stages, training_steps
 from ..study.steps import run_steps
@@ -17,6 +19,23 @@ from ..training.run_lock import only_writer
 from ..utils.environment import machine
 from ..utils.files import write_text
 from ..utils.ranks import is_rank
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base-seq-length", type=int, required=True, help="window of the plain pretraining that makes the base"
+    )
+    parser.add_argument(
+        "--base-steps", type=int, required=True, help="its optimizer steps; global_batch_size is kept in tokens"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    for override in args.overrides:
+        if override.lstrip("+").startswith(f"{PREFIX}enabled"):
+            raise ValueError("compare sets model.exact.enabled itself: one arm without, one with")
+    compare(args.config, args.overrides, args.base_seq_length, args.base_steps)
+    return 0
 
 
 def compare(config_path: ConfigPath, overrides: list[str], base_seq_length: int, base_steps: int) -> None:

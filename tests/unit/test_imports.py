@@ -1,6 +1,6 @@
 """Imports inside exact_megatron: they point one way, in no circle, and no file takes another's _private names.
 
-Read from the source, wherever an import stands (in a function, or for type checkers only). Run alone: check_imports.py [CHECKOUT].
+Read from the source, wherever an import stands (in a function, for type checkers only, or as a name in cli.py's table). Run alone: check_imports.py [CHECKOUT].
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def read_imports(folder: Path) -> list[Import]:
                         local[alias.asname or alias.name] = f"{source}.{alias.name}"
                     else:
                         targets.append((source, (alias.name,)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("."):
+                targets.append((package + node.value, ()))  # ".commands.train", a module of cli.py's table
             for target, names in targets:
                 if target in known and target != name:
                     found.append(Import(name, target, names, f"{path.relative_to(folder.parent)}:{node.lineno}"))
