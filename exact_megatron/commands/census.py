@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 
@@ -60,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot:
         picture_name(args.plot)  # before the count, which may be long
-    names = ("alpha", "tail_share", "gamma", "tau", "eps", "normalization", "max_weight")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    names = [field.name for field in dataclasses.fields(ExactConfig)]
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     config = ExactConfig(**given).validated(args.seq_length)
     parts = [
         ExposureCensus.from_document_lengths(

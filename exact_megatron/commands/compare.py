@@ -16,7 +16,7 @@ from ..study.runs import Arm, Run, Stage, plan_stages, training_steps
 from ..study.steps import run_steps
 from ..training.config import ConfigPath, config_paths, load_config
 from ..training.run_lock import only_writer
-from ..utils.environment import machine
+from ..utils.environment import environment
 from ..utils.files import write_text
 from ..utils.ranks import is_rank
 
@@ -155,7 +155,7 @@ def describe(run: Run) -> dict[str, Any]:
     newest = run.folder / "checkpoints" / f"step_{run.steps_done:08d}"
     tensors = FileSystemReader(newest).read_metadata().state_dict_metadata
     sizes = [t.size for name, t in tensors.items() if hasattr(t, "size") and not name.startswith("optimizer.")]
-    facts = machine()
+    facts = environment()
     versions = facts.pop("versions")
     if run.config.trainer.accelerator == "cpu":
         facts["GPU"] = "not used"
