@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 FAMILIES = {
@@ -103,7 +104,9 @@ def main() -> None:
         for loss in ("validation", "training"):
             off, on = ([run[loss] for run in arm] for arm in arms)
             pairs = [b - a for a, b in zip(off, on)]
-            means = [paired(values) for values in (off, on, pairs)]  # mean and interval of any values, with 3 or more seeds
+            means = [
+                paired(values) for values in (off, on, pairs)
+            ]  # mean and interval of any values, with 3 or more seeds
             cells = [f"{m.mean:{sign}.4f} ± {m.half_width:.4f}" for m, sign in zip(means, ("", "", "+"))]
             rows.append([family, loss, *cells, ", ".join(f"{d:+.4f}" for d in pairs)])
         print(f"{family}: {arms[0][0]['parameters']:,} parameters, {arms[1][0]['slowed']:,} of them slowed")
