@@ -27,7 +27,8 @@ from ..loss import EXACT_LOSS, LM_LOSS, ExactLoss, bucket_of, gpt_loss
 from ..qk_timing import QKTiming
 from . import checkpoint, checkpoint_files, checkpoint_state, determinism
 from .data import STOP_SIGNALS, build_datasets, build_loader, get_batch
-from .data_files import read_vocabulary
+from .data_files import Vocabulary, read_vocabulary
+from .lengths import check_lengths
 from .memory_record import record_memory
 from .metrics_log import RunLog
 from .model import build_model, build_optimizer
@@ -126,7 +127,7 @@ class Trainer:
         self.is_first = torch.distributed.get_rank() == 0
         self.console = Console(stderr=True, quiet=not (self.is_first and progress))
         self.run_dir = Path(run.exp_manager.exp_dir)
-        self.vocabulary = from_rank_0(lambda: read_vocabulary(run))
+        self.vocabulary = from_rank_0(partial(_look_at_data, run))
         self.loss = ExactLoss(run.model.exact)
         self.loss_func = self.loss.wrap(gpt_loss) if run.model.exact.enabled else gpt_loss
         (self.train_data, self.valid_data, _), self.builder = build_datasets(run, self.vocabulary, self.loss)
@@ -359,6 +360,12 @@ class Trainer:
         if self._signalled and number == signal.SIGINT:  # a second Ctrl-C does not wait for the checkpoint
             raise KeyboardInterrupt
         self._signalled = True
+
+
+def _look_at_data(run: RunConfig) -> Vocabulary:
+    vocabulary = read_vocabulary(run)
+    check_lengths(run)
+    return vocabulary
 
 
 def _refuse_not_finite(what: str, value: float | None, step: int) -> None:
