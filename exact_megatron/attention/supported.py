@@ -19,7 +19,7 @@ _REFUSED = {
     "softmax_type": "use 'vanilla'",
     "qk_clip log_max_attention_logit": "the kernels return no logits, unset it",
     "fp8_dot_product_attention fp8_multi_head_attention": "unset it, fp8 linear layers are fine",
-    "mtp_num_layers": "multi-token prediction rolls labels by cu_seqlens as if the batch were thd, unset it",
+    "mtp_hsm": "it rolls hidden states by cu_seqlens as if the batch were thd, unset it",
     "hybrid_context_parallel": "use context_parallel_size alone",
     "cuda_graph_impl enable_cuda_graph external_cuda_graph": "a graph keeps its first boundaries, unset it",
 }
