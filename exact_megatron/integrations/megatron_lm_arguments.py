@@ -17,7 +17,6 @@ OWN, UPSTREAM, NONE = "own", "upstream", "none"
 ASK = "--reset-attention-mask or, from Megatron-LM 0.19 on, --dataloader-inter-document-masking"
 
 _REFUSED_ARGUMENTS = {
-    "mtp_num_layers": "multi-token prediction uses the weights of one depth for another: unset --mtp-num-layers",
     "modelopt_enabled": "modelopt has a loss of its own: train without modelopt",
     "export_kd_teacher_load": "distillation has a loss of its own: unset --export-kd-teacher-load",
     # Each of these selects modelopt's loss in core 0.13 and 0.14 (megatron/post_training/arguments.py: modelopt_args_enabled).
@@ -54,7 +53,6 @@ def read_arguments(line: list[str]) -> argparse.Namespace:
         "seq-length": None,
         "micro-batch-size": None,
         "eval-micro-batch-size": None,
-        "mtp-num-layers": None,
         "context-parallel-size": 1,
         "tensor-model-parallel-size": 1,
         "pipeline-model-parallel-size": 1,
@@ -89,7 +87,7 @@ def read_arguments(line: list[str]) -> argparse.Namespace:
         use-legacy-models perform-rl-step hybrid-context-parallel modelopt-enabled overlap-moe-expert-parallel-comm
         group-query-attention multi-latent-attention is-hybrid-model qk-clip log-max-attention-logit fp8-dot-product-attention
         fp8-multi-head-attention enable-cuda-graph external-cuda-graph fused-single-qkv-rope cross-entropy-loss-fusion
-        sequence-parallel
+        sequence-parallel mtp-hsm
     """
     for name in flags.split():
         parser.add_argument(f"--{name}", action="store_true")

@@ -43,14 +43,24 @@ def read_auxiliary_losses(run: RunConfig, device: torch.device) -> dict[str, flo
     return dict(zip(found, sums.tolist()))
 
 
-def _router_values(name: str) -> torch.Tensor | None:
-    """Sums float[layers] of the layers on this stage; None: nothing was summed up yet."""
-    if hasattr(moe_utils, "get_moe_layer_wise_logging_tracker"):  # megatron.core before 0.19
-        return moe_utils.get_moe_layer_wise_logging_tracker().get(name, {}).get("values")
+def forget_auxiliary_losses() -> None:
+    """Drop the sums, which have the size of the model that was first trained in this process."""
+    MTPLossLoggingHelper.tracker.clear()
+    _router_sums().clear()
+
+
+def _router_sums() -> dict[str, Any]:
+    """megatron.core's sums by name, each with `values` float[layers]."""
+    if hasattr(moe_utils, "get_moe_layer_wise_logging_tracker"):  # before 0.19
+        return moe_utils.get_moe_layer_wise_logging_tracker()
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
-    entry: Any = get_moe_metrics_tracker().metrics.get(name)
-    return None if entry is None else entry.values
+    return get_moe_metrics_tracker().metrics  # type: ignore[no-any-return]
+
+
+def _router_values(name: str) -> torch.Tensor | None:
+    entry = _router_sums().get(name)
+    return entry["values"] if isinstance(entry, dict) else getattr(entry, "values", None)
 
 
 def _taken(values: torch.Tensor | None, size: int = 1) -> torch.Tensor:

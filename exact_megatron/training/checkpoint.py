@@ -433,6 +433,13 @@ def refuse_changed_run(state: dict[str, Any], run: RunConfig, digests: Mapping[s
             f"the checkpoint was trained with other settings ({_listed(changed)}): the data would come in another order, or the "
             "model would be another. Put them back, or start a new stage from its weights with restore_from_path"
         )
+    experts = "model.expert_model_parallel_size"
+    if (before[experts] > 1) != (after[experts] > 1):
+        raise ValueError(
+            f"{experts} is {before[experts]} in the checkpoint and now {after[experts]}: megatron.core stores the optimizer's state of "
+            "experts apart where they are shared out, and cannot go from one to the other. Put it back, or start a new stage from the "
+            "weights with restore_from_path"
+        )
     changed = {
         key: (state["exact"].get(key), value)
         for key, value in run.model.exact.to_dict().items()

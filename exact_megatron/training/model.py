@@ -107,7 +107,9 @@ def _experts(run: RunConfig) -> dict[str, Any]:
         raise ValueError(
             "model.moe_grouped_gemm=true needs a GPU and Transformer Engine's layers: install it, or set it to false"
         )
-    vars(moe_utils).setdefault("te_general_gemm", None)  # 0.16 looks for the name where Transformer Engine is not installed, too
+    vars(moe_utils).setdefault(
+        "te_general_gemm", None
+    )  # 0.16 looks for the name where Transformer Engine is not installed, too
     coefficient = m.moe_aux_loss_coeff
     if m.calculate_per_token_loss and _core_version() < (0, 19):
         # Before 0.19 the loss is multiplied by too few tokens: those of one sequence- and context-parallel rank, and of one sample

@@ -26,7 +26,7 @@ from ..dataset import from_rank_0, members
 from ..loss import EXACT_LOSS, LM_LOSS, ExactLoss, bucket_of, gpt_loss
 from ..qk_timing import QKTiming
 from . import checkpoint, determinism
-from .auxiliary_losses import read_auxiliary_losses
+from .auxiliary_losses import forget_auxiliary_losses, read_auxiliary_losses
 from .data import STOP_SIGNALS, build_datasets, build_loader, get_batch
 from .data_files import read_vocabulary
 from .memory_record import record_memory
@@ -107,6 +107,7 @@ def _seed(seed: int) -> None:
 
 def shutdown() -> None:
     """Undo init_distributed but for the process group, so that the next Trainer in this process may have another layout."""
+    forget_auxiliary_losses()
     parallel_state.destroy_model_parallel()
     destroy_num_microbatches_calculator()
 
