@@ -6,6 +6,7 @@ functions for the log average over ranks by an operation that gloo does not have
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def forget_auxiliary_losses() -> None:
 
 def _router_sums() -> dict[str, Any]:
     """megatron.core's sums by name, each with `values` float[layers]."""
-    if hasattr(moe_utils, "get_moe_layer_wise_logging_tracker"):  # before 0.19
+    if importlib.util.find_spec("megatron.core.transformer.moe.moe_logging") is None:  # before 0.19
         return moe_utils.get_moe_layer_wise_logging_tracker()
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 

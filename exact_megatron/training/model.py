@@ -107,9 +107,8 @@ def _experts(run: RunConfig) -> dict[str, Any]:
         raise ValueError(
             "model.moe_grouped_gemm=true needs a GPU and Transformer Engine's layers: install it, or set it to false"
         )
-    vars(moe_utils).setdefault(
-        "te_general_gemm", None
-    )  # 0.16 looks for the name where Transformer Engine is not installed, too
+    if not (torch.cuda.is_available() and transformer_engine_version()):
+        moe_utils.te_general_gemm = None  # the router's kernel; 0.16 looks for the name where it is not installed, too
     coefficient = m.moe_aux_loss_coeff
     if m.calculate_per_token_loss and _core_version() < (0, 19):
         # Before 0.19 the loss is multiplied by too few tokens: those of one sequence- and context-parallel rank, and of one sample
