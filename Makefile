@@ -110,12 +110,12 @@ $(VENV_EVAL)/.installed: setup.py constraints.txt
 	touch $@
 
 test-eval: $(VENV_EVAL)/.installed  ## every suite of `evaluate` on SmolLM2-135M (a download of 93 MB), minutes
-	$(VENV_EVAL)/bin/python -m pytest -q -m "slow or not slow" --durations=10 tests/unit/evaluation/test_evaluation.py tests/unit/evaluation/test_evaluation_models.py
+	$(VENV_EVAL)/bin/python -m pytest -q -m "slow or not slow" --durations=10 tests/unit/evaluation
 
 test-wheel: setup  ## sdist and wheel: what is in them, the wheel in an environment with numpy alone, tests from the sdist
 	$(VENV)/bin/python -m pytest -q -m slow tests/unit/test_wheel.py
 
-gpu-dry-run: setup  ## the scripts of a GPU session with tiny sizes on a CPU, a few minutes
+gpu-dry-run: setup  ## the GPU benchmark and the paired training with tiny sizes on a CPU, a few minutes
 	$(VENV)/bin/python -m pytest -q -m slow tests/gpu
 
 lint: setup

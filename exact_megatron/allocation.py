@@ -38,7 +38,7 @@ class WeightTable:
             distinct from the short part's, so that a target's bucket can be told from its weight; empty with alpha = 0,
             where every weight is exactly 1.
         mean: corpus mean of `lookup`.
-        digest: 16 hex digits that change with the window and any weight.
+        digest: 16 hex digits that change with the window, any weight, and who gets it (placebo).
     """
 
     def __init__(self, counts: np.ndarray, seq_length: int, config: ExactConfig, weighted: bool = True) -> None:
@@ -71,7 +71,8 @@ class WeightTable:
         with np.errstate(invalid="ignore"):
             self.mean = float(self.counts @ self.lookup.astype(np.float64) / self.counts.sum())
         self._refuse_broken_weights(applied)
-        self.digest = hashlib.sha256(f"{seq_length} ".encode() + self.lookup.tobytes()).hexdigest()[:16]
+        kind = "placebo " if config.placebo else ""
+        self.digest = hashlib.sha256(f"{kind}{seq_length} ".encode() + self.lookup.tobytes()).hexdigest()[:16]
 
     def _refuse_broken_weights(self, applied: np.ndarray) -> None:
         config = self.config

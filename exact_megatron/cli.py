@@ -122,6 +122,14 @@ def _main(given: list[str]) -> int:
     plan.add_arguments(add)
     add.set_defaults(run=plan.run)
 
+    from .study import command as study
+
+    add = commands.add_parser(
+        "study", help="arms x seeds x bases from one YAML, with differences between runs and a page"
+    )
+    study.add_arguments(add)
+    add.set_defaults(run=study.run)
+
     add = commands.add_parser("compare", help="baseline and EXACT from the same base checkpoint, with a report")
     _add_run_arguments(add)
     add.add_argument(

@@ -89,6 +89,8 @@ class ExactConfig(_Block):
         allow_changed_weights: resume from a checkpoint that was trained with other weights.
         tail_share: in place of alpha, the share of the loss weight that the tail gets, for example 0.35. On another corpus the same
             share means another alpha; the weight table holds it.
+        placebo: give each sample's weights to its supervised targets in a random order, as a control: the loss has the same weights,
+            which no longer tell who sees much context. Bucket losses of training are left out, since a weight no longer tells its bucket.
     """
 
     prefix = PREFIX
@@ -104,6 +106,7 @@ class ExactConfig(_Block):
     allow_unmasked_documents: bool = switch(False)
     allow_changed_weights: bool = switch(False)
     tail_share: float | None = number(None, above=0, below=1)
+    placebo: bool = switch(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

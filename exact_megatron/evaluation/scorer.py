@@ -84,7 +84,7 @@ class MegatronScorer:
     With several ranks the first one drives: the others call `serve` and compute what it asks for, until it calls `close`.
 
     Args:
-        path: checkpoints/step_N, see training.checkpoint.find_checkpoint.
+        path: checkpoints/step_N, see training.checkpoint_files.find_checkpoint.
         dtype: "float32" or "bfloat16".
         tensor_parallel: ranks that share the model.
     """
@@ -94,12 +94,12 @@ class MegatronScorer:
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-        from ..training import checkpoint
+        from ..training import checkpoint, checkpoint_files, checkpoint_state
         from ..training.model import build_chunks
         from ..training.trainer import init_distributed
 
-        checkpoint.refuse_damaged(path)
-        state = checkpoint.read_state(path)
+        checkpoint_files.refuse_damaged(path)
+        state = checkpoint_state.read_state(path)
         run = scoring_config(state, dtype, tensor_parallel)
         # Padding of the vocabulary depends on the training layout: the checkpoint knows its size.
         padded = checkpoint.stored_entries(path)["embedding.word_embeddings.weight"].size[0]

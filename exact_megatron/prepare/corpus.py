@@ -2,7 +2,7 @@
 
 A file's suffix says, in any case, how it is read: ``.jsonl``/``.ndjson``/``.jsonlines``/``.jl`` line by line,
 ``.json`` by what it holds (lines, one array of objects, or objects one after the other), ``.parquet``/``.pq`` by rows.
-Anything else is one document, unless it holds JSON records (see `_kind_of_text`). ``.gz``, ``.xz``, ``.bz2`` and
+Anything else is one document, unless it holds JSON objects (see `_kind_of_text`). ``.gz``, ``.xz``, ``.bz2`` and
 ``.zst`` after it are decompressed. Byte order marks of UTF-8 and UTF-16 are left out.
 """
 
@@ -237,11 +237,14 @@ def _file(name: str, path: str, key: str) -> File:
 
 
 def _kind_of_text(path: str, key: str) -> str:
-    """ "lines" where the first two lines are JSON objects, "values" where the first object has ``key``, else "text"."""
+    """ "lines" where the first two lines are JSON objects, "values" where the first object has ``key`` or the file holds
+    JSON objects and nothing else, else "text"."""
     try:
         if not _head(path).startswith((b"{", b"[")):
             return "text"
-        return "lines" if _objects_in_lines(path, 2) else "values" if _has_key(path, key) else "text"
+        if _objects_in_lines(path, 2):
+            return "lines"
+        return "values" if _has_key(path, key) or _holds_objects(path) else "text"
     except ValueError:  # damaged: said where it is read
         return "text"
 
@@ -285,6 +288,19 @@ def _has_key(path: str, key: str) -> bool:
     except (ValueError, RecursionError):
         pass
     return False
+
+
+def _holds_objects(path: str) -> bool:
+    """Whether a file is one JSON object, several, or an array of them, whatever their keys."""
+    found = False
+    try:
+        for line, _ in _value_lines(path, 1 << 16, LONGEST_FIRST_OBJECT):
+            found = isinstance(json.loads(line), dict)
+            if not found:
+                break
+    except (ValueError, RecursionError):
+        return False
+    return found
 
 
 def _content(path: str) -> bytes:

@@ -10,7 +10,7 @@ import pytest
 
 from exact_megatron.training.config import load_config, parse_blend
 from tests.helpers.ranks import launch
-from tests.helpers.tiny import config_file, write_data
+from tests.helpers.tiny import config_file, write_data, write_documents
 
 EXPERTS = ["model.num_moe_experts=4"]
 
@@ -138,9 +138,6 @@ def test_mean_of_means_under_context_parallelism_where_all_ranks_supervise_alike
 
 
 def test_negative_ids_are_refused_and_empty_documents_are_packed(folder, tmp_path):
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
     from exact_megatron.training.data_files import read_vocabulary
 
     for name, documents, message in (
@@ -149,10 +146,7 @@ def test_negative_ids_are_refused_and_empty_documents_are_packed(folder, tmp_pat
         ("open", [[], [3, 5, 1], []] * 20, "20 of the first 20 documents"),
         ("nothing", [[], []], "holds 2 sequences and no token"),
     ):
-        builder = IndexedDatasetBuilder(str(tmp_path / name) + ".bin", dtype=np.int32)
-        for tokens in documents:
-            builder.add_document(torch.tensor(tokens, dtype=torch.long), [len(tokens)])
-        builder.finalize(str(tmp_path / name) + ".idx")
+        write_documents(tmp_path / name, documents, np.int32)
         run = load_config(folder / "tiny.yaml", [f"model.data.data_prefix=[{tmp_path / name}]"])
         if message is None:
             assert read_vocabulary(run).vocab_size == 96

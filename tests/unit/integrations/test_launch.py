@@ -19,7 +19,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from exact_megatron import ExactConfig
 from exact_megatron.attention import supported
 from exact_megatron.cli import main
-from exact_megatron.commands import doctor
+from exact_megatron.commands.doctor import installed
 from exact_megatron.integrations.documents import feed_documents, join_boundaries
 from exact_megatron.integrations.hooks import replaced, script_global
 from exact_megatron.integrations.megatron_lm import MegatronLM, from_command_line, whole_intervals
@@ -695,19 +695,19 @@ def test_doctor_fails_for_what_the_native_runner_refuses(more, words, capsys, wr
     ],
 )
 def test_doctor_says_which_of_nemos_models_can_be_hooked(version, words):
-    assert doctor.nemo_toolkit(version).startswith(words)
+    assert installed.nemo_toolkit(version).startswith(words)
 
 
 def test_doctor_tells_nvidias_apex_from_the_other(monkeypatch, tmp_path):
-    assert doctor.apex() == "not installed"
+    assert installed.apex() == "not installed"
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").touch()
-    assert "unrelated" in doctor.apex()
+    assert "unrelated" in installed.apex()
     sys.modules.pop("apex", None)
     (tmp_path / "apex" / "multi_tensor_apply").mkdir()
     (tmp_path / "apex" / "multi_tensor_apply" / "__init__.py").touch()
-    assert doctor.apex().startswith("NVIDIA's")
+    assert installed.apex().startswith("NVIDIA's")
     sys.modules.pop("apex", None)
 
 
@@ -722,5 +722,5 @@ def test_doctor_tells_nvidias_apex_from_the_other(monkeypatch, tmp_path):
     ],
 )
 def test_doctor_names_fp8_recipes(capability, recipes):
-    assert doctor.fp8_recipes(capability, "2.9.0").startswith(recipes)
-    assert doctor.fp8_recipes(capability, "not installed").startswith("none")
+    assert installed.fp8_recipes(capability, "2.9.0").startswith(recipes)
+    assert installed.fp8_recipes(capability, "not installed").startswith("none")

@@ -210,7 +210,8 @@ def test_json_records_under_another_name_are_records(tmp_path, name, data):
 
 @pytest.mark.parametrize(
     "text",
-    ["[1] A list\n[2] of references\n", "{} x\n{}\n", '{"a": 1}\nsome words\n{"b": 2}\n', "[1, 2]\n[3]\n", "{", "["],
+    ["[1] A list\n[2] of references\n", "{} x\n{}\n", '{"a": 1}\nsome words\n{"b": 2}\n', "[1, 2]\n[3]\n", "{", "["]
+    + ['{"a": 1}\n\n{"b": 2', '[{"a": 1}, "b"]', '["a", "b"]', "[]", '[{"a": 1}] and more', '{"a": 1} {"b": 2} [3]'],
 )
 def test_text_that_begins_like_json_is_a_document(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)
@@ -219,8 +220,24 @@ def test_text_that_begins_like_json_is_a_document(tmp_path, text):
     assert [found[1] for found in corpus.read_documents(shard, "text")] == [text]
 
 
-def test_records_of_another_key_are_named(tmp_path):
-    (tmp_path / "a.txt").write_text('{"content": "x"}\n{"content": "y"}\n')
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.md.gz"])
+@pytest.mark.parametrize(
+    "text",
+    ['{"content": "x"}\n{"content": "y"}\n', '{"content": "x"}', '[{"content": "x"}, {"text": "y"}]']
+    + ['{\n "content": "x"\n}\n{\n "content": "y"\n}\n', '\ufeff [\n{"content": {"text": "x"}}]\n'],
+)
+def test_records_of_another_key_are_named(tmp_path, name, text):
+    (tmp_path / name).write_bytes(PACK.get(Path(name).suffix, bytes)(text.encode()))
+    files, _ = corpus.list_files([str(tmp_path / name)])
+    (shard,) = corpus.cut_shards(files, 1 << 20)
+    first, *more = corpus.read_documents(shard, "text")
+    assert first[1:3] == ("", "empty") and first[3].reason == "no 'text' (--text-key)"
+    assert first[3].first.endswith("1, which has 'content'") and first[3].path == str(tmp_path / name)
+    assert [found[1] for found in more] in ([], [""], ["y"])
+
+
+def test_records_of_another_key_alone_are_an_error(tmp_path):
+    (tmp_path / "a.txt").write_text('{"content": "x"}\n')
     with raises(ValueError, "no 'text' .--text-key.", "which has 'content'"):
         prepare(
             tmp_path / "a.txt",
@@ -730,6 +747,39 @@ def test_input_errors(tmp_path):
         with raises(ValueError, name, "damaged"):
             prepare(cut, output)
     assert not list(tmp_path.glob("out.[bi]*"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": "x"', "\xff"])
+def test_a_damaged_description_names_a_remedy_that_works(tmp_path, content):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    first = prepare(path, tmp_path / "out", valid_fraction=0.3)
+    for name in ("out.json", "out_valid.json"):
+        (tmp_path / name).write_text(content, "latin-1")
+        with raises(ValueError, f"{tmp_path}/{name} ", f"--overwrite prepares {tmp_path}/out again"):
+            prepare(path, tmp_path / "out", valid_fraction=0.3)
+        assert prepare(path, tmp_path / "out", valid_fraction=0.3, overwrite=True) == first
+    (tmp_path / "out.json").write_text(json.dumps({"settings": first["settings"]}))
+    with raises(FileExistsError, "--overwrite"):
+        prepare(path, tmp_path / "out", valid_fraction=0.3)
+
+
+def test_damaged_parts_name_the_folder_to_remove(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    parts = tmp_path / "out.parts"
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "_join_parts", None)
+        with pytest.raises(TypeError):
+            prepare(path, tmp_path / "out")
+    damaged = [parts / "settings.json", next(p for p in parts.glob("*.json") if p.name != "settings.json")]
+    for file in damaged:
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-9])
+        with raises(ValueError, f"{file} is not JSON", f"remove {parts} and run again"):
+            prepare(path, tmp_path / "out")
+        file.write_bytes(whole)
+    shutil.rmtree(parts)
+    prepare(path, tmp_path / "out")
+    assert documents(tmp_path / "out") == TEXTS
 
 
 def test_tokenizer_folder_is_not_taken_from_another_dataset(tmp_path):
