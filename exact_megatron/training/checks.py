@@ -247,6 +247,11 @@ def _recomputation(config: RunConfig) -> None:
             f"model.activations_checkpoint_num_layers={layers} with model.activations_checkpoint_granularity="
             f"{granularity}: full recomputation needs a number of layers, anything else takes none"
         )
+    if m.mtp_num_layers and method == "uniform" and layers != 1:
+        raise ValueError(
+            f"model.mtp_num_layers={m.mtp_num_layers} with model.activations_checkpoint_method=uniform needs "
+            f"model.activations_checkpoint_num_layers=1, not {layers}: megatron.core recomputes a depth by itself"
+        )
     stage = m.num_layers // (m.pipeline_model_parallel_size * (m.virtual_pipeline_model_parallel_size or 1))
     if layers is not None and (layers > stage or (method == "uniform" and stage % layers)):
         raise ValueError(

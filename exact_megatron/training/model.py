@@ -112,7 +112,7 @@ def _experts(run: RunConfig) -> dict[str, Any]:
     coefficient = m.moe_aux_loss_coeff
     if m.calculate_per_token_loss and _core_version() < (0, 19):
         # Before 0.19 the loss is multiplied by too few tokens: those of one sequence- and context-parallel rank, and of one sample
-        # (transformer/moe/router.py: attach_and_log_load_balancing_loss, _apply_seq_aux_loss).
+        # (megatron/core/transformer/moe/router.py: attach_and_log_load_balancing_loss, _apply_seq_aux_loss).
         coefficient *= m.tensor_model_parallel_size * m.context_parallel_size
         coefficient *= m.micro_batch_size if m.moe_router_load_balancing_type == "seq_aux_loss" else 1
     return {

@@ -72,6 +72,11 @@ def folder(tmp_path_factory):
             ["model.mtp_num_layers=1", "model.loss_chunk_tokens=8"],
             "mtp_num_layers=1 takes all logits of a depth at once",
         ),
+        (
+            ["model.mtp_num_layers=1", "model.activations_checkpoint_granularity=full"]
+            + ["model.activations_checkpoint_method=uniform", "model.activations_checkpoint_num_layers=2"],
+            "needs model.activations_checkpoint_num_layers=1, not 2",
+        ),
         (["model.moe_aux_loss_coeff=0.1"], "moe_aux_loss_coeff=0.1 without experts: set model.num_moe_experts"),
         (["model.expert_model_parallel_size=2"], "expert_model_parallel_size=2 without experts"),
         (
