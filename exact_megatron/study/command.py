@@ -19,15 +19,6 @@ from .runs import Run, training_steps
 from .steps import Step, run_steps
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="YAML of the study, for example configs/study.yaml")
-    parser.add_argument("--folder", help="for data, runs and report, in place of the file's `folder`")
-    parser.add_argument("--plan", action="store_true", help="say what would be trained, and train nothing")
-    parser.add_argument(
-        "--report", action="store_true", help="write the page about the runs that are finished, and train nothing"
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     if is_rank():
         raise ValueError("start `exact-megatron study` once, not under torchrun or srun: it starts the ranks itself")
