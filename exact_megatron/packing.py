@@ -12,10 +12,9 @@ import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -42,7 +41,7 @@ class TokenIndex:
 
     Attributes:
         prefix: the prefix it came from.
-        lengths: int32[sequences], tokens, memory-mapped.
+        lengths: int32[sequences], tokens; memory-mapped where the file was checked before.
         dtype: of a token.
         documents: how many there are.
         several: the first document of several sequences, in words; None: each is one or none.
@@ -78,19 +77,24 @@ def read_index(prefix: str, whole_documents: bool = True) -> TokenIndex:
                 f"as `exact-megatron prepare --output {prefix}` writes it"
             )
     facts = os.stat(idx), os.stat(bin_)
-    changed = max(max(found.st_mtime, found.st_ctime) for found in facts)
-    # A file that was written just now may change again without another time.
-    read = _read if time.time() - changed > SETTLED_SECONDS else _read.__wrapped__
-    identity = [(f.st_dev, f.st_ino, f.st_size, f.st_mtime_ns, f.st_ctime_ns) for f in facts]
-    index = read(prefix, tuple(identity))
+    key = (idx, *((f.st_dev, f.st_ino, f.st_size, f.st_mtime_ns, f.st_ctime_ns) for f in facts))
+    index = _checked.get(key)
+    if index is None:
+        index = _read(prefix)
+        # A file that was written just now may change again without another time.
+        if time.time() - max(max(f.st_mtime, f.st_ctime) for f in facts) > SETTLED_SECONDS:
+            mapped = np.memmap(idx, dtype=np.int32, mode="r", offset=_HEADER.size, shape=index.lengths.shape)
+            _checked[key] = replace(index, lengths=mapped)
     if whole_documents:
         _refuse_several(idx, len(index.lengths), index.documents, index.several)
     return index
 
 
-@lru_cache(maxsize=4096)
-def _read(prefix: str, identity: tuple[tuple[int, ...], ...]) -> TokenIndex:
-    """Read and check `prefix`.idx; `identity` is that of the two files."""
+_checked: dict[tuple[Any, ...], TokenIndex] = {}
+
+
+def _read(prefix: str) -> TokenIndex:
+    """Read and check `prefix`.idx; the lengths are in memory."""
     idx, bin_ = prefix + ".idx", prefix + ".bin"
     with open(idx, "rb", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -116,32 +120,39 @@ def _read(prefix: str, identity: tuple[tuple[int, ...], ...]) -> TokenIndex:
         raise ValueError(f"{idx} holds no sequence: there is nothing to train on")
 
     with open(idx, "rb", buffering=0) as stream:
-        lengths = _Entries(stream.fileno(), _HEADER.size, sequences)
+        tokens = np.empty(sequences, np.int32)
+        lengths = _Entries(stream.fileno(), _HEADER.size, sequences, tokens)
         pointers = _Entries(stream.fileno(), _HEADER.size + sequences * 4, sequences)
         index = _Entries(stream.fileno(), _HEADER.size + sequences * 12, documents)
         several = check_index(prefix, lengths, pointers, index, dtype, os.path.getsize(bin_), whole_documents=False)
-        mapped = np.memmap(stream, dtype=np.int32, mode="r", offset=_HEADER.size, shape=(sequences,))
-    return TokenIndex(prefix, mapped, dtype, documents - 1, several)
+    return TokenIndex(prefix, tokens, dtype, documents - 1, several)
 
 
 @dataclass(frozen=True)
 class _Entries:
-    """An array in a file, read part by part: a memory map would fault page by page, stay resident, and not be aligned."""
+    """An array in a file, read part by part: a memory map would fault page by page, stay resident, and not be aligned.
+
+    Where `kept` is given, the parts stay there.
+    """
 
     file: int
     offset: int
     count: int
+    kept: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.count
 
 
 def _load(source: np.ndarray | _Entries, first: int, stop: int, buffer: np.ndarray) -> np.ndarray:
-    """source[first:stop], in `buffer`."""
+    """source[first:stop], in `buffer` or where it is kept."""
     part = buffer[: stop - first]
-    if not isinstance(source, _Entries):
+    if isinstance(source, np.ndarray):
         part[:] = source[first:stop]
-    elif os.preadv(source.file, [part.data.cast("B")], source.offset + first * part.itemsize) != part.nbytes:
+        return part
+    if source.kept is not None:
+        part = source.kept[first:stop]
+    if os.preadv(source.file, [part.data.cast("B")], source.offset + first * part.itemsize) != part.nbytes:
         raise OSError("the .idx became shorter while it was read")
     return part
 
@@ -154,7 +165,7 @@ def check_index(
     dtype: np.dtype,
     size: int | None,
     whole_documents: bool = True,
-    chunk: int = 1 << 16,
+    chunk: int = 1 << 17,
 ) -> str | None:
     """Check in one pass that the three arrays of a .idx describe a .bin.
 

@@ -46,6 +46,11 @@ esac
 """
 
 
+def _hear_interrupts():
+    """A shell ignores for good what is ignored where it starts, as SIGINT is in the background of another shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def slurm(tmp_path):
     """run(script, *arguments, **settings) in a folder with stand-ins for Slurm's commands and an environment that is all but empty.
@@ -78,7 +83,13 @@ def slurm(tmp_path):
         }
         command = ["bash", "-c", script, "-"] if "\n" in script else ["bash", str(SCRIPTS / script)]
         return subprocess.run(
-            [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+            [*command, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            preexec_fn=_hear_interrupts,
         )
 
     run.folder = tmp_path
