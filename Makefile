@@ -18,11 +18,12 @@ export MPLBACKEND := Agg
 
 .PHONY: demo setup test test-mcore-0.19 test-te test-upstream test-bridge test-bridge-0.6 test-nemo test-slurm test-eval test-wheel walkthrough gpu-dry-run lint clean
 
-$(VENV)/.installed: setup.py constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --upgrade pip
-	$(VENV)/bin/pip install --quiet -c constraints.txt torch  # first: the version that is tested, before another package asks for any
-	$(VENV)/bin/pip install --quiet -c constraints.txt -e ".[dev]"
+$(VENV19)/.installed: PYTHON := $(PYTHON312)
+$(VENV)/.installed $(VENV19)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --upgrade pip
+	$(@D)/bin/pip install --quiet -c constraints.txt torch  # first: the version that is tested, before another package asks for any
+	$(@D)/bin/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
 setup: $(VENV)/.installed  ## the environment of `make demo` and `make test`
@@ -35,12 +36,6 @@ demo: setup  ## prepare real text, count exposure, compare baseline and EXACT; r
 
 test: setup  ## everything that needs neither a GPU, nor root, nor a checkout of another project
 	$(VENV)/bin/python -m pytest -q --durations=10
-
-$(VENV19)/.installed: setup.py
-	$(PYTHON312) -m venv $(VENV19)
-	$(VENV19)/bin/pip install --quiet --upgrade pip
-	$(VENV19)/bin/pip install --quiet megatron-core==0.19.2 -e ".[dev]"
-	touch $@
 
 test-mcore-0.19: $(VENV19)/.installed  ## the same tests on megatron-core 0.19.2, Python 3.12 (4.7 GB: it imports triton)
 	$(VENV19)/bin/python -m pytest -q --durations=10
@@ -115,12 +110,12 @@ $(VENV_EVAL)/.installed: setup.py constraints.txt
 	touch $@
 
 test-eval: $(VENV_EVAL)/.installed  ## every suite of `evaluate` on SmolLM2-135M (a download of 93 MB), minutes
-	$(VENV_EVAL)/bin/python -m pytest -q -m "slow or not slow" --durations=10 tests/unit/evaluation/test_evaluation.py tests/unit/evaluation/test_evaluation_models.py
+	$(VENV_EVAL)/bin/python -m pytest -q -m "slow or not slow" --durations=10 tests/unit/evaluation
 
 test-wheel: setup  ## sdist and wheel: what is in them, the wheel in an environment with numpy alone, tests from the sdist
 	$(VENV)/bin/python -m pytest -q -m slow tests/unit/test_wheel.py
 
-gpu-dry-run: setup  ## the scripts of a GPU session with tiny sizes on a CPU, a few minutes
+gpu-dry-run: setup  ## the GPU benchmark and the paired training with tiny sizes on a CPU, a few minutes
 	$(VENV)/bin/python -m pytest -q -m slow tests/gpu
 
 lint: setup

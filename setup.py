@@ -12,8 +12,8 @@ version = re.search(r'__version__ = "(.+)"', (here / "exact_megatron" / "__init_
 extras = {
     # text to .bin/.idx
     "prepare": ["tokenizers>=0.20", "zstandard", "pyarrow", "rich"],
-    # tables and pictures
-    "report": ["matplotlib>=3.7", "rich"],
+    # tables and pictures; scipy: intervals over runs
+    "report": ["matplotlib>=3.7", "rich", "scipy"],
     # the native runner; NVIDIA's apex and transformer-engine come from a container or from source, and are found when there.
     # psutil, six, regex, pyyaml and einops are imported by megatron-core without being declared.
     "train": [
@@ -34,7 +34,7 @@ extras = {
 }
 # lm-eval pins python-dateutil below the newest, so that this extra is in neither `all` nor `dev`: an environment of its own
 evaluation = [
-    "lm-eval[hf,ruler]>=0.4.13",
+    "lm-eval[hf,ruler]>=0.4.13,<0.5",
     "transformers>=4.56",
     "torch>=2.6",
     "tokenizers>=0.20",

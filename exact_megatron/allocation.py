@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .config import ExactConfig
 from .exposure import ExposureCensus, bucket_sums, log2_bucket_edges
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WIDEST = 2.0**24  # largest over smallest weight; beyond, adding the two in float32 loses the smaller
 MEAN_TOLERANCE = 1e-4  # of the corpus mean; float32 keeps it to about 1e-7 while no weight is many times another
@@ -25,6 +29,7 @@ class WeightTable:
     w_b = 1 + alpha r_b / sum_T(q r) in the tail and 1 elsewhere, so that sum_T q_b (w_b - 1) = alpha.
 
     Attributes:
+        config: the settings with tau and alpha resolved; tail_share has become the alpha that it means.
         seq_length: window S in tokens.
         edges: int64[B + 1], lower edges of the buckets, then S + 1.
         bucket_weights: float64[B], w_b before normalization.
@@ -33,7 +38,7 @@ class WeightTable:
             distinct from the short part's, so that a target's bucket can be told from its weight; empty with alpha = 0,
             where every weight is exactly 1.
         mean: corpus mean of `lookup`.
-        digest: 16 hex digits that change with the window and any weight.
+        digest: 16 hex digits that change with the window, any weight, and who gets it (placebo).
     """
 
     def __init__(self, counts: np.ndarray, seq_length: int, config: ExactConfig, weighted: bool = True) -> None:
@@ -48,7 +53,10 @@ class WeightTable:
         bucket_counts = bucket_sums(self.counts, seq_length)
         self.bucket_weights = np.ones(len(bucket_counts))
         if weighted:
+            config = self.config = _resolve_alpha(bucket_counts, self.tail, config)
             self.bucket_weights = _bucket_weights(bucket_counts, self.tail, config, self.counts)
+
+        self._lookups: dict[Any, Tensor] = {}  # by device
 
         scale = 1.0
         if config.normalization == "corpus":
@@ -63,7 +71,8 @@ class WeightTable:
         with np.errstate(invalid="ignore"):
             self.mean = float(self.counts @ self.lookup.astype(np.float64) / self.counts.sum())
         self._refuse_broken_weights(applied)
-        self.digest = hashlib.sha256(f"{seq_length} ".encode() + self.lookup.tobytes()).hexdigest()[:16]
+        kind = "placebo " if config.placebo else ""
+        self.digest = hashlib.sha256(f"{kind}{seq_length} ".encode() + self.lookup.tobytes()).hexdigest()[:16]
 
     def _refuse_broken_weights(self, applied: np.ndarray) -> None:
         config = self.config
@@ -99,6 +108,7 @@ class WeightTable:
         seq_length: int,
         *,
         alpha: float = ExactConfig.alpha,
+        tail_share: float | None = ExactConfig.tail_share,
         gamma: float = ExactConfig.gamma,
         tau: int | None = ExactConfig.tau,
         eps: float = ExactConfig.eps,
@@ -107,7 +117,13 @@ class WeightTable:
     ) -> WeightTable:
         """Weights from int64[S + 1] targets by effective context."""
         config = ExactConfig(
-            alpha=alpha, gamma=gamma, tau=tau, eps=eps, normalization=normalization, max_weight=max_weight
+            alpha=alpha,
+            tail_share=tail_share,
+            gamma=gamma,
+            tau=tau,
+            eps=eps,
+            normalization=normalization,
+            max_weight=max_weight,
         )
         return cls(ExposureCensus(counts, seq_length, 0).counts, seq_length, config)
 
@@ -118,6 +134,29 @@ class WeightTable:
         return cls.from_counts(
             np.ones(seq_length + 1, np.int64), seq_length, alpha=1.0, gamma=0.0, tau=0, normalization="none"
         )
+
+    def weights(self, labels: Tensor, **documents: Any) -> Tensor:
+        """Weight of every label of a batch, for a training loop of one's own: sum(weights * losses) / supervised labels.
+
+        Args:
+            labels: int [S] or [b, S], on any device.
+            documents: position_ids, cu_seqlens or document_ids, and the other arguments of `batch_context.effective_contexts`.
+
+        Returns:
+            float32 like labels; 0 where a label is not supervised. A context above the window has the weight of the window.
+
+        Raises:
+            ValueError: see `batch_context.effective_contexts`.
+        """
+        import torch
+
+        from .batch_context import UNSUPERVISED, effective_contexts
+
+        context = effective_contexts(labels, **documents)
+        lookup = self._lookups.get(labels.device)
+        if lookup is None:
+            lookup = self._lookups[labels.device] = torch.from_numpy(self.lookup).to(labels.device)
+        return lookup[context.clamp(0, self.seq_length)] * (context != UNSUPERVISED)
 
     @property
     def part_names(self) -> list[str]:
@@ -156,6 +195,42 @@ class WeightTable:
         return sum(row["weighted_share"] for row in self.rows() if row["low"] >= self.edges[self.tail[0]])
 
 
+def _resolve_alpha(bucket_counts: np.ndarray, tail: np.ndarray, config: ExactConfig) -> ExactConfig:
+    """The settings with the alpha that gives the tail its share of the loss weight.
+
+    The tail's weight, sum_T c_b min(1 + alpha r_b / rbar, max_weight), grows with alpha, along a line between the values at which
+    another bucket reaches max_weight.
+    """
+    share = config.tail_share
+    in_tail = bucket_counts[tail].astype(np.float64)
+    if share is None or not in_tail.any():  # without a tail _bucket_weights says so
+        return config
+    short = float(bucket_counts.sum() - in_tail.sum())
+    wanted = share / (1 - share) * short - in_tail.sum()  # beyond what the targets have at weight 1
+    if wanted < 0:
+        natural = in_tail.sum() / bucket_counts.sum()
+        raise ValueError(
+            f"model.exact.tail_share={share:g} is below {natural:.4g}, the share of the targets that lie in the tail: choose a larger one"
+        )
+    growth = _relative_weights(in_tail, config)  # of a bucket's weight with alpha
+    room = np.inf if config.max_weight is None else config.max_weight - 1
+    if wanted > room * in_tail.sum():
+        most = in_tail.sum() * (1 + room)
+        raise ValueError(
+            f"model.exact.tail_share={share:g} cannot be reached with model.exact.max_weight={config.max_weight:g}: all of the tail at "
+            f"that weight has {most / (most + short):.4g} of the loss weight. Choose a smaller share, or a larger max_weight"
+        )
+    alpha = 0.0
+    free = in_tail > 0  # filled buckets that max_weight does not cap
+    for bucket in sorted(np.flatnonzero(free), key=lambda b: -growth[b]):
+        at_cap = in_tail[~free].sum() * (room if np.isfinite(room) else 0.0)
+        alpha = (wanted - at_cap) / (in_tail[free] @ growth[free])
+        if alpha * growth[bucket] <= room:
+            break
+        free[bucket] = False
+    return dataclasses.replace(config, alpha=float(alpha), tail_share=None)
+
+
 def _bucket_weights(bucket_counts: np.ndarray, tail: np.ndarray, config: ExactConfig, counts: np.ndarray) -> np.ndarray:
     in_tail = bucket_counts[tail]
     if in_tail.sum() == 0:
@@ -166,16 +241,21 @@ def _bucket_weights(bucket_counts: np.ndarray, tail: np.ndarray, config: ExactCo
             f"no target has an effective context of tau={config.tau} or more in a window of {len(counts) - 1} tokens: the longest "
             f"seen is {longest}. Set model.exact.tau to at most {least}, the last bucket with targets, or use longer documents"
         )
+    weights = np.ones(len(bucket_counts))
+    weights[tail] += config.alpha * _relative_weights(in_tail, config)
+    return weights if config.max_weight is None else np.minimum(weights, config.max_weight)
+
+
+def _relative_weights(in_tail: np.ndarray, config: ExactConfig) -> np.ndarray:
+    """r_b / rbar of the tail's buckets, float64, from their targets: what alpha is multiplied by."""
     q = in_tail / in_tail.sum()
     filled = np.flatnonzero(in_tail)
-    r = np.zeros(len(tail))
+    r = np.zeros(len(in_tail))
     logarithm = -config.gamma * np.log(q[filled] + config.eps)
     r[filled] = np.exp(logarithm - logarithm.max())  # a common factor cancels
     for empty in np.flatnonzero(in_tail == 0):  # the nearest bucket that has targets; of two, the shorter context
         r[empty] = r[filled[np.argmin(np.abs(filled - empty))]]
-    weights = np.ones(len(bucket_counts))
-    weights[tail] += config.alpha * r / (q @ r)
-    return weights if config.max_weight is None else np.minimum(weights, config.max_weight)
+    return r / (q @ r)
 
 
 def _distinct(exact: np.ndarray, tail: np.ndarray, bucket_counts: np.ndarray, keep_mean: bool) -> np.ndarray:

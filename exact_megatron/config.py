@@ -87,6 +87,10 @@ class ExactConfig(_Block):
         allow_unmasked_documents: train weighted although documents in a sample see each other. The weights then do
             not measure what a target can see.
         allow_changed_weights: resume from a checkpoint that was trained with other weights.
+        tail_share: in place of alpha, the share of the loss weight that the tail gets, for example 0.35. On another corpus the same
+            share means another alpha; the weight table holds it.
+        placebo: give each sample's weights to its supervised targets in a random order, as a control: the loss has the same weights,
+            which no longer tell who sees much context. Bucket losses of training are left out, since a weight no longer tells its bucket.
     """
 
     prefix = PREFIX
@@ -101,6 +105,15 @@ class ExactConfig(_Block):
     log_buckets: bool = switch(True)
     allow_unmasked_documents: bool = switch(False)
     allow_changed_weights: bool = switch(False)
+    tail_share: float | None = number(None, above=0, below=1)
+    placebo: bool = switch(False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tail_share is not None and self.alpha != type(self).alpha:
+            raise ValueError(
+                f"{PREFIX}tail_share={self.tail_share:g} and {PREFIX}alpha={self.alpha:g} both say how much the tail gets: give one"
+            )
 
     def validated(self, seq_length: int) -> ExactConfig:
         """Return a copy for windows of `seq_length` tokens, with tau resolved to seq_length // 4 where it is None.

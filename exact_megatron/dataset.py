@@ -122,6 +122,15 @@ class ExactGPTDataset(GPTDataset):
             weighted[-1] = mask[-1] * lookup[boundaries[-1] - boundaries[-2]]
         return weighted
 
+    def _permuted(self, weighted: np.ndarray, idx: int) -> np.ndarray:
+        """The weights in another order among the supervised targets, by the packed sample alone: the same in every layout."""
+        sample = int(self.shuffle_index[idx])
+        rng = np.random.default_rng([self.config.random_seed, self.index_split.value, sample])
+        supervised = np.flatnonzero(weighted)
+        permuted = weighted.copy()
+        permuted[supervised] = weighted[rng.permutation(supervised)]
+        return permuted
+
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         if self.boundaries_only:
             return {"cu_seqlens": self._filled_up(self.pieces(idx or 0)[0])}
@@ -135,6 +144,8 @@ class ExactGPTDataset(GPTDataset):
         if self.weight_table is not None:
             # Out of place: up to megatron-core 0.14 the mask is a tensor shared between samples.
             mask = self._weighted(sample["loss_mask"].numpy(), cu_seqlens, continues)
+            if self.weight_table.config.placebo:
+                mask = self._permuted(mask, idx or 0)
             sample["loss_mask"] = torch.from_numpy(mask)
         if self.emit_cu_seqlens:
             sample["cu_seqlens"] = self._filled_up(cu_seqlens)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,32 @@ class ExposureCensus:
             if len(drawn):
                 parts.append(cls.from_dataset(dataset, chosen))
         return sum(parts[1:], parts[0])
+
+    @classmethod
+    def from_batches(cls, batches: Iterable[Mapping[str, Any]], seq_length: int) -> ExposureCensus:
+        """Census of a stream that only a training loop can see: of these batches' supervised labels.
+
+        Weights are right as far as the batches stand for the stream. Censuses add up: `census + ExposureCensus.from_batches(more, S)`.
+
+        Args:
+            batches: mappings with the arguments of `batch_context.effective_contexts`: labels, position_ids or ..., torch tensors.
+            seq_length: the window S in tokens; a larger context counts as S.
+
+        Raises:
+            ValueError: no batch with a supervised label, or see `batch_context.effective_contexts`.
+        """
+        from .batch_context import effective_contexts
+
+        counts = np.zeros(seq_length + 1, np.int64)
+        tokens = 0
+        for batch in batches:
+            context = effective_contexts(**batch)
+            supervised = context[context >= 0].clamp(max=seq_length)
+            counts += supervised.bincount(minlength=seq_length + 1).cpu().numpy()
+            tokens += context.numel()
+        if not counts.any():
+            raise ValueError(f"no label in {tokens} tokens of the batches is supervised: there is nothing to count")
+        return cls(counts, seq_length, tokens // seq_length)
 
     def bucket_counts(self) -> np.ndarray:
         """int64[B], supervised targets per log2 bucket."""

@@ -96,7 +96,7 @@ class ExactLoss:
         Returns:
             A function that hands `loss_func` the mask (weight != 0) and the weighted losses, so that its own sum, whole count
             and division are exact, and adds to the report the unweighted "lm loss", the "exact loss" and, with
-            log_buckets, the unweighted loss of the short part and of each tail bucket, each as float32 [sum, count].
+            log_buckets, the unweighted loss of the short part and of each tail bucket (not of a placebo), each as float32 [sum, count].
 
         Raises:
             ExactError: `loss_func` is hooked already.
@@ -118,11 +118,16 @@ class ExactLoss:
         return hooked
 
     @property
+    def _buckets(self) -> bool:
+        """Whether losses are reported by bucket; a placebo's weight does not tell one."""
+        return self.config.log_buckets and not self.config.placebo
+
+    @property
     def names(self) -> list[str]:
         """Names of what `report` gives, in its order, known on every rank, also where there is no loss; empty without a table."""
         if self.table is None:
             return []
-        parts = self.table.part_names if self.config.log_buckets else []
+        parts = self.table.part_names if self._buckets else []
         return [LM_LOSS, EXACT_LOSS, *map(bucket_loss, parts)]
 
     @torch.no_grad()
@@ -152,7 +157,7 @@ class ExactLoss:
         self._watch(table, weights, parts, training)
         count = mask.sum()
         sums = [torch.stack([(losses * mask).sum(), count]), torch.stack([(losses * weights).sum(), count])]
-        if self.config.log_buckets and len(table.marks):
+        if self._buckets and len(table.marks):
             rows = parts.float()
             if len(table.part_names) > len(rows):
                 rows = torch.cat([(mask - rows.sum(0))[None], rows])

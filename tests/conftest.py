@@ -10,24 +10,18 @@ import pytest
 
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # else every process starts C++ compilers
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' tensors are small, and several ranks share the cores
 
 
 @pytest.fixture
 def write_corpus(tmp_path: Path):
     """write_corpus(lengths, name="x", tokens=None) -> prefix; by default the token ids are positions in the corpus."""
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    from tests.helpers.tiny import write_documents
 
     def write(lengths: np.ndarray, name: str = "x", tokens: np.ndarray | None = None, dtype: type = np.int32) -> str:
-        prefix = str(tmp_path / name)
         stream = np.arange(int(lengths.sum())) if tokens is None else tokens
-        builder = IndexedDatasetBuilder(prefix + ".bin", dtype=dtype)
-        start = 0
-        for length in lengths:
-            builder.add_document(torch.from_numpy(stream[start : start + length].astype(np.int64)), [int(length)])
-            start += int(length)
-        builder.finalize(prefix + ".idx")
-        return prefix
+        documents = (stream[end - n : end] for n, end in zip(lengths, np.cumsum(lengths)))
+        return write_documents(tmp_path / name, documents, dtype)
 
     return write
 

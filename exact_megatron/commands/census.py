@@ -24,7 +24,7 @@ def run_census(args: argparse.Namespace) -> int:
 
     if args.plot:
         picture_name(args.plot)  # before the count, which may be long
-    names = ("alpha", "gamma", "tau", "eps", "normalization", "max_weight")
+    names = ("alpha", "tail_share", "gamma", "tau", "eps", "normalization", "max_weight")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     config = ExactConfig(**given).validated(args.seq_length)
     parts = [

@@ -1,7 +1,4 @@
-"""`exact-megatron compare`: a base, then baseline and EXACT from its weights, and a report.
-
-Each of the three runs is an ordinary `exact-megatron train` in processes of its own.
-"""
+"""`exact-megatron compare`: a base, then baseline and EXACT from its weights, and a report."""
 
 from __future__ import annotations
 
@@ -9,69 +6,17 @@ import json
 import os
 import re
 import shlex
-import signal
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import ExactError
 from ..reporting.comparison import write_report
+from ..study.runs import Arm, Run, Stage, plan_stages, training_steps
+from ..study.steps import run_steps
 from ..training.config import ConfigPath, config_paths, load_config
 from ..training.run_lock import only_writer
-from ..training.schema import RunConfig
 from ..utils.environment import machine
-from ..utils.files import changed_settings, write_text
-from ..utils.ranks import is_rank, torchrun
-
-# Settings that may change between a run and its repetition, since its numbers do not depend on them.
-_HARMLESS = (
-    "exp_manager.",
-    "trainer.log_every_n_steps",
-    "model.data.num_workers",
-    "model.data.index_mapping_dir",
-)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One of the three runs.
-
-    Attributes:
-        name: base, baseline or exact; the folder in exp_manager.exp_dir.
-        what: headline for the terminal.
-        run: its configuration.
-        settings: what `train` is given: --config FILE and overrides.
-        command: the `train` command that makes it.
-    """
-
-    name: str
-    what: str
-    run: RunConfig
-    settings: list[str]
-    command: list[str]
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.run.exp_manager.exp_dir)
-
-    @property
-    def steps_done(self) -> int:
-        """Step of the newest whole checkpoint, 0 without one."""
-        found = (re.fullmatch(r"step_(\d+)", path.name) for path in self.folder.glob("checkpoints/step_*"))
-        return max((int(match[1]) for match in found if match), default=0)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the last step is saved, and validated after that."""
-        last = self.run.trainer.max_steps
-        log = self.folder / "validation.jsonl"
-        lines = log.read_text().splitlines() if log.is_file() else []
-        try:
-            return self.steps_done == last and bool(lines) and json.loads(lines[-1])["step"] == last
-        except json.JSONDecodeError:  # cut off by a kill
-            return False
+from ..utils.files import write_text
+from ..utils.ranks import is_rank
 
 
 def compare(config_path: ConfigPath, overrides: list[str], base_seq_length: int, base_steps: int) -> None:
@@ -94,52 +39,26 @@ def compare(config_path: ConfigPath, overrides: list[str], base_seq_length: int,
     """
     if is_rank():
         raise ValueError("start `exact-megatron compare` once, not under torchrun or srun: it starts the ranks itself")
-    arms = plan(config_path, overrides, base_seq_length, base_steps)
-    with only_writer(arms[0].folder.parent):
-        _compare(arms, config_path, overrides, base_seq_length, base_steps)
+    runs = plan(config_path, overrides, base_seq_length, base_steps)
+    folder = runs[0].folder.parent
+    with only_writer(folder):
+        if runs[0].config.trainer.devices > 1:
+            os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own choice, without its banner
+        facts = folder / "comparison.json"
+        described = facts.is_file() and all(run.finished for run in runs)
+        run_steps(training_steps(runs))
+        if not described:
+            command = [
+                "exact-megatron",
+                "compare",
+                *(w for file in config_paths(config_path) for w in ("--config", file)),
+            ]
+            command += ["--base-seq-length", str(base_seq_length), "--base-steps", str(base_steps), *overrides]
+            write_text(facts, json.dumps({"command": shlex.join(command), **describe(runs[-1])}, indent=1) + "\n")
+        write_report(folder)
 
 
-def _compare(
-    arms: list[Arm], config_path: ConfigPath, overrides: list[str], base_seq_length: int, base_steps: int
-) -> None:
-    for arm in arms:
-        _refuse_other_run(arm)
-    if arms[0].run.trainer.devices > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own choice, without its banner
-    folder = arms[0].folder.parent
-    proof = folder / "arms.json"
-    if not proof.is_file() or any(arm.steps_done < arm.run.trainer.max_steps for arm in arms):
-        code = launch(
-            [sys.executable, "-W", "ignore", "-m", "exact_megatron.benchmark.arms", str(proof), *arms[-1].settings]
-        )
-        if code:
-            raise ExactError("baseline and EXACT would not differ as they must: see above; nothing was trained")
-    trained = False
-    for number, arm in enumerate(arms, 1):
-        headline = f"{arm.name} ({number} of {len(arms)}): {arm.what}"
-        if arm.finished:
-            print(f"== {headline}: done before", file=sys.stderr, flush=True)
-            continue
-        print(f"== {headline}", file=sys.stderr, flush=True)
-        code = launch(arm.command)
-        if code:
-            raise ExactError(f"the run {arm.name} failed with exit code {code}; its messages are above")
-        if not arm.finished:
-            raise ExactError(
-                f"the run {arm.name} was stopped after step {arm.steps_done} of {arm.run.trainer.max_steps} "
-                "(exit code 0): the same command goes on from there"
-            )
-        trained = True
-
-    facts = folder / "comparison.json"
-    if trained or not facts.is_file():
-        command = ["exact-megatron", "compare", *_config_option(config_path)]
-        command += ["--base-seq-length", str(base_seq_length), "--base-steps", str(base_steps), *overrides]
-        write_text(facts, json.dumps({"command": shlex.join(command), **describe(arms[-1])}, indent=1) + "\n")
-    write_report(folder)
-
-
-def plan(config_path: ConfigPath, overrides: list[str], base_seq_length: int, base_steps: int) -> list[Arm]:
+def plan(config_path: ConfigPath, overrides: list[str], base_seq_length: int, base_steps: int) -> list[Run]:
     """The three runs with their commands; nothing is started or written. Arguments as for `compare`.
 
     Raises:
@@ -188,27 +107,15 @@ def plan(config_path: ConfigPath, overrides: list[str], base_seq_length: int, ba
     ]
     if data.seq_length % base_seq_length == 0:  # as many tokens in a micro-batch too
         base.append(f"model.micro_batch_size={model.micro_batch_size * data.seq_length // base_seq_length}")
-    arm = [*common, f"restore_from_path={exp_dir / 'base'}"]
+    what = f"plain pretraining, window {base_seq_length}, {base_steps} steps"
+    first = Run.planned(
+        "base", what, config_path, [*overrides, *common, *base, f"exp_manager.exp_dir={exp_dir / 'base'}"]
+    )
     what = f"window {data.seq_length}, {run.trainer.max_steps} steps from the base"
-    runs = {
-        "base": (f"plain pretraining, window {base_seq_length}, {base_steps} steps", [*common, *base]),
-        "baseline": (f"unweighted, {what}", [*arm, "model.exact.enabled=false"]),
-        "exact": (f"weighted, {what}", [*arm, "model.exact.enabled=true"]),
-    }
-    arms = []
-    for name, (what, own) in runs.items():
-        settings = [*overrides, *own, f"exp_manager.exp_dir={exp_dir / name}"]
-        given = [*_config_option(config_path), *settings]
-        devices = run.trainer.devices
-        command = [sys.executable, "-m", "exact_megatron", "train", *given]
-        if devices > 1:
-            command = torchrun(devices, ["train", *given])
-        arms.append(Arm(name, what, load_config(config_path, settings), given, command))
-    return arms
-
-
-def _config_option(config_path: ConfigPath) -> list[str]:
-    return [word for file in config_paths(config_path) for word in ("--config", file)]
+    arms = [Arm.parse("baseline"), Arm.parse("exact")]
+    stage = Stage("", what, [*overrides, *common])
+    (pair,) = plan_stages(arms, [stage], config_path, first.folder, exp_dir, exp_dir / "arms.json")
+    return [first, *pair]
 
 
 def _has_validation(data_prefix: Any, splits_string: str) -> bool:
@@ -218,82 +125,7 @@ def _has_validation(data_prefix: Any, splits_string: str) -> bool:
     return len(parts) > 1 and parts[1] > 0
 
 
-def _refuse_other_run(arm: Arm) -> None:
-    """Keep a run that was started with other settings from being taken for this one."""
-    last = arm.run.trainer.max_steps
-    written = arm.folder / "config.yaml"
-    if not arm.steps_done or not written.is_file():
-        return
-    ignored = _HARMLESS if arm.run.model.exact.enabled else (*_HARMLESS, "model.exact.")
-    changed = {
-        key: values
-        for key, values in changed_settings(asdict(load_config(written)), asdict(arm.run)).items()
-        if not key.startswith(ignored)
-    }
-    if changed:
-        listed = ", ".join(f"{key}: there {there}, now {now}" for key, (there, now) in changed.items())
-        raise ValueError(
-            f"{arm.folder} holds a run with other settings ({listed}): put them back, remove that folder and "
-            "those of the runs that follow it, or choose another exp_manager.exp_dir"
-        )
-    if arm.steps_done > last:
-        raise ValueError(
-            f"{arm.folder} has a checkpoint at step {arm.steps_done}, beyond its last step {last}: remove it"
-        )
-
-
-def launch(command: list[str]) -> int:
-    """Run a command with its output passed through, and return its exit code.
-
-    It gets a session of its own, so that Ctrl-C in the terminal reaches it as one SIGTERM, at which it saves
-    a checkpoint and stops.
-
-    Raises:
-        KeyboardInterrupt: this process got SIGINT; the command has ended.
-        SystemExit: it got SIGTERM or SIGHUP; the code is 128 + signal.
-    """
-    received: list[int] = []
-    process: subprocess.Popen[bytes] | None = None
-
-    def stop(number: int, frame: Any) -> None:
-        received.append(number)
-        if process is None:
-            return
-        if len(received) == 1:
-            print("stopping after a checkpoint; a second signal kills", file=sys.stderr, flush=True)
-            process.terminate()
-        else:
-            _kill(process.pid)
-
-    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        process = subprocess.Popen(command, start_new_session=True)
-        if received:
-            process.terminate()
-        code = process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if received:
-        if received[0] == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + received[0])
-    return code
-
-
-def _kill(pid: int) -> None:
-    """Kill a process and all that it started; torchrun's ranks are in sessions of their own."""
-    import psutil  # type: ignore[import-untyped]
-
-    try:
-        parent = psutil.Process(pid)
-        for process in [*parent.children(recursive=True), parent]:
-            process.kill()
-    except psutil.NoSuchProcess:
-        return
-
-
-def describe(arm: Arm) -> dict[str, Any]:
+def describe(run: Run) -> dict[str, Any]:
     """Date, versions, hardware and the number of parameters.
 
     Parameters are the elements of the tensors in the newest checkpoint, with the vocabulary padded, and
@@ -301,11 +133,11 @@ def describe(arm: Arm) -> dict[str, Any]:
     """
     from torch.distributed.checkpoint import FileSystemReader
 
-    newest = arm.folder / "checkpoints" / f"step_{arm.steps_done:08d}"
+    newest = run.folder / "checkpoints" / f"step_{run.steps_done:08d}"
     tensors = FileSystemReader(newest).read_metadata().state_dict_metadata
     sizes = [t.size for name, t in tensors.items() if hasattr(t, "size") and not name.startswith("optimizer.")]
     facts = machine()
     versions = facts.pop("versions")
-    if arm.run.trainer.accelerator == "cpu":
+    if run.config.trainer.accelerator == "cpu":
         facts["GPU"] = "not used"
     return {**facts, **versions, "parameters": sum(size.numel() for size in sizes)}

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.schema import ModelConfig, RopeScalingConfig
+from ..training.rope import attention_factor
+from ..training.schema import ROPE_SCALING_KEYS, ModelConfig, RopeScalingConfig
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,6 @@ FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, key_value_heads=32),
     "qwen3": Family("Qwen3ForCausalLM", qk_layernorm=True, head_dim=128, key_value_heads=32),
 }
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _ROPE = ("rotary_base", "seq_len_interpolation_factor", "rope_scaling")
 # Keys whose every value but these would need layers that are not built here. transformers reads no others for these types.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -149,23 +149,28 @@ def _rope_settings(config: dict[str, Any], where: str) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "rotary_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
         "seq_len_interpolation_factor": None,
-        "rope_scaling": asdict(RopeScalingConfig()),
+        "rope_scaling": RopeScalingConfig().used(),
     }
-    if kind not in ("default", "linear", "llama3") or any(isinstance(value, dict) for value in rope.values()):
+    if kind not in ("linear", *ROPE_SCALING_KEYS) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(
-            f"{where}: {name}={json.dumps(rope)} is not supported: rope_type can be default, linear or llama3, the same in all layers"
+            f"{where}: {name}={json.dumps(rope)} is not supported: rope_type can be default, linear, llama3 or yarn, the same in all layers"
         )
-    needed = {"linear": ("factor",), "llama3": _LLAMA3}.get(kind, ())
+    needed = {"linear": ("factor",), "yarn": ("factor",), "llama3": ROPE_SCALING_KEYS["llama3"]}.get(kind, ())
     if missing := [key for key in needed if rope.get(key) is None]:
         raise ValueError(f"{where}: {name}={json.dumps(rope)} of type {kind} needs {', '.join(missing)}")
     if rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"{where}: {name}={json.dumps(rope)} is not supported: partial_rotary_factor can be 1")
     if kind == "linear":
         settings["seq_len_interpolation_factor"] = float(rope["factor"])
-    if kind == "llama3":
-        values = {key: float(rope[key]) for key in _LLAMA3[:3]}
-        original = int(rope["original_max_position_embeddings"])
-        settings["rope_scaling"] = {"rope_type": kind, **values, "original_max_position_embeddings": original}
+    elif kind != "default":
+        values = {key: rope[key] for key in ROPE_SCALING_KEYS[kind] if rope.get(key) is not None}
+        values = {key: value if isinstance(value, bool) else float(value) for key, value in values.items()}
+        original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+        values["original_max_position_embeddings"] = int(original or config["max_position_embeddings"])
+        if kind == "yarn" and "attention_factor" not in values and rope.get("mscale") and rope.get("mscale_all_dim"):
+            scales = [attention_factor(values["factor"], float(rope[key])) for key in ("mscale", "mscale_all_dim")]
+            values["attention_factor"] = scales[0] / scales[1]
+        settings["rope_scaling"] = RopeScalingConfig(rope_type=kind, **values).used()
     return settings
 
 
@@ -181,10 +186,16 @@ def config_json(model: ModelConfig, seq_length: int, vocab_size: int, source: di
     Raises:
         ValueError: no family has these layers, or the run's model is not the source's.
     """
+    for key in ("num_moe_experts", "mtp_num_layers"):
+        if getattr(model, key):
+            raise ValueError(
+                f"model.{key}={getattr(model, key)}: only dense models that predict one token can be exported"
+            )
     if source is None:
         return _minimal_config(model, seq_length, vocab_size)
     before = model_settings(source, "the source's config.json")
     now = {key: value for key, value in asdict(model).items() if key in before}
+    now["rope_scaling"] = model.rope_scaling.used()
     now |= {"override_vocab_size": vocab_size, "num_query_groups": model.num_query_groups or model.num_attention_heads}
     now["kv_channels"] = model.kv_channels or model.hidden_size // model.num_attention_heads
     if now["num_query_groups"] > before["num_query_groups"]:
@@ -236,7 +247,7 @@ def _rope_json(model: ModelConfig) -> dict[str, Any]:
     if model.seq_len_interpolation_factor is not None:
         scaling = {"rope_type": "linear", "factor": model.seq_len_interpolation_factor}
     if model.rope_scaling.rope_type != "default":
-        scaling = asdict(model.rope_scaling)
+        scaling = model.rope_scaling.used()
     return {"rope_theta": model.rotary_base, "rope_scaling": scaling}
 
 

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 
-from ..training import checkpoint
+from ..training import checkpoint, checkpoint_files, checkpoint_state
 from ..training.run_lock import NAME as LOCK
 from ..training.run_lock import only_writer
 from ..training.schema import ModelConfig, RopeScalingConfig, RunConfig
@@ -102,7 +102,7 @@ def hf_to_megatron(
 
         path = folder / "checkpoints" / "step_00000000"
         path.mkdir(parents=True)
-        state = checkpoint.describe(run, 0, vocab_size, None, None, tokenizer)
+        state = checkpoint_state.describe(run, 0, vocab_size, None, None, tokenizer)
         write_checkpoint(path, tensors, model.num_layers, read, {"state": state, **checkpoint.CONTENT})
     remarks = [] if tokenizer.digest else [f"the checkpoint records no tokenizer: {tokenizer.source}"]
     if torch.float16 in dtypes.values():
@@ -138,7 +138,7 @@ def megatron_to_hf(
             than the folder's.
     """
     output = Path(output)
-    path = checkpoint.find_checkpoint(source)
+    path = checkpoint_files.find_checkpoint(source)
     stored = MegatronCheckpoint(path)
     run = _run_of(stored.state)
     model = run.model
@@ -146,7 +146,7 @@ def megatron_to_hf(
     if vocab_size is None:
         raise ValueError(f"{path} does not say how many tokens the vocabulary has: it is of an older version")
     folder = Path(hf) if hf is not None else _origin(path)
-    tokenizer = checkpoint.tokenizer_of(stored.state)
+    tokenizer = checkpoint_state.tokenizer_of(stored.state)
     remarks = list[str]()
     if folder is not None:
         known = {str(path): tokenizer, str(folder): folder_identity(folder)}
@@ -198,11 +198,11 @@ def _origin(path: Path) -> Path | None:
         FileNotFoundError: a checkpoint of the chain is gone.
     """
     while not (path.parent.parent / "hf" / "config.json").is_file():
-        start = _run_of(checkpoint.read_state(path)).restore_from_path
+        start = _run_of(checkpoint_state.read_state(path)).restore_from_path
         if start is None:
             return None
         try:
-            path = checkpoint.find_checkpoint(start)
+            path = checkpoint_files.find_checkpoint(start)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{error}; training started from it: --hf gives config.json and tokenizer"

@@ -28,7 +28,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from ..training.checkpoint import read_state, refuse_damaged, stored_entries, write_checksums
+from ..training.checkpoint import stored_entries
+from ..training.checkpoint_files import refuse_damaged, write_checksums
+from ..training.checkpoint_state import read_state
 from ..utils.files import write_text
 from ..utils.settings_file import json_object
 from .mapping import Tensor

@@ -128,12 +128,12 @@ def probe_run(run_dir: str | Path, batches: int, overrides: list[str]) -> dict[s
     """
     from rich.progress import track
 
-    from ..training import checkpoint
+    from ..training import checkpoint, checkpoint_files, checkpoint_state
     from ..training.config import load_config
     from ..training.data import build_loader
     from ..training.trainer import Trainer, shutdown
 
-    found = checkpoint.checkpoints(run_dir)
+    found = checkpoint_files.checkpoints(run_dir)
     if not found:
         raise FileNotFoundError(
             f"{run_dir} has no checkpoints: keep them with exp_manager.checkpoint_callback_params.save_top_k=-1"
@@ -153,8 +153,8 @@ def probe_run(run_dir: str | Path, batches: int, overrides: list[str]) -> dict[s
         **{key: [] for key in ("steps", *MEASURES)},
     }
     for path in track(found, description=Path(run_dir).name):
-        checkpoint.refuse_damaged(path)
-        step = checkpoint.read_state(path)["step"]
+        checkpoint_files.refuse_damaged(path)
+        step = checkpoint_state.read_state(path)["step"]
         checkpoint.load_weights(path, trainer.model)
         probe = Probe()
         loader = iter(build_loader(run, data, trainer.vocabulary, consumed=0))

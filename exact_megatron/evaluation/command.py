@@ -13,6 +13,7 @@ from typing import Any
 from ..training.run_lock import only_writer
 from ..utils.tokenizer import data_identity, refuse_other_tokenizer
 from . import context_loss, distance_probe, nolima
+from .harness import require_lm_eval
 from .model import Model
 from .report import summarize, write_suite_report
 from .store import Metric, Store
@@ -126,6 +127,8 @@ def run(args: argparse.Namespace) -> int:
     for suite in args.suite:
         if suite in ("ruler", "nolima", "short"):
             model.require_huggingface(suite)
+    if {"ruler", "short"} & set(args.suite):
+        require_lm_eval()
     for suite in args.suite:  # before the model is loaded
         _compare_tokenizers(suite, args, model)
     if args.tensor_parallel > 1 and (started := _start_ranks(args, model)):

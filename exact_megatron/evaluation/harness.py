@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import logging
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .model import resolve
+
+LM_EVAL = ">=0.4.13,<0.5"  # setup.py has the same: what ruler_items.py calls is no API, and may change with any version
+
+
+def require_lm_eval() -> None:
+    """Raise ValueError unless lm-eval is installed, in a version that is known here."""
+    remedy = "pip install 'exact-megatron[eval]'"
+    try:
+        found = metadata.version("lm-eval")
+    except metadata.PackageNotFoundError:
+        raise ValueError(f"ruler and short need lm-eval, which is not installed: {remedy}") from None
+    from packaging.specifiers import SpecifierSet
+
+    if not SpecifierSet(LM_EVAL).contains(found, prereleases=True):
+        raise ValueError(f"ruler and short need lm-eval {LM_EVAL}, {found} is installed: {remedy}")
 
 
 def open_model(folder: Path, device: str, dtype: str, batch_size: int, max_length: int | None) -> Any:
@@ -17,12 +33,11 @@ def open_model(folder: Path, device: str, dtype: str, batch_size: int, max_lengt
             own.
 
     Raises:
-        ValueError: lm-eval is not installed.
+        ValueError: see require_lm_eval.
     """
-    try:
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ValueError(f"ruler and short need lm-eval ({error}): pip install 'exact-megatron[eval]'") from None
+    require_lm_eval()
+    from lm_eval.models.huggingface import HFLM
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     device, dtype = resolve(device, dtype)
     return HFLM(pretrained=str(folder), device=device, dtype=dtype, batch_size=batch_size, max_length=max_length)

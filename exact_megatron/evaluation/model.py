@@ -89,7 +89,7 @@ class Model:
             raise FileNotFoundError(
                 f"{path} is no folder: give a Hugging Face model folder or a run of the native runner"
             )
-        from ..training.checkpoint import find_checkpoint
+        from ..training.checkpoint_files import find_checkpoint
 
         return cls(find_checkpoint(path), "megatron", tokenizer)
 
@@ -131,7 +131,7 @@ class Model:
     @cached_property
     def state(self) -> dict[str, Any]:
         """What a Megatron checkpoint says of its run."""
-        from ..training.checkpoint import read_state
+        from ..training.checkpoint_state import read_state
 
         return read_state(self.path)
 
@@ -141,7 +141,7 @@ class Model:
         if self.kind == "huggingface":
             found = folder_identity(self.path)
         else:
-            from ..training.checkpoint import tokenizer_of
+            from ..training.checkpoint_state import tokenizer_of
 
             found = tokenizer_of(self.state)
         return Text(self.tokenizer_path).identity if not found.digest and self.tokenizer_path else found

@@ -84,7 +84,7 @@ class MegatronScorer:
     With several ranks the first one drives: the others call `serve` and compute what it asks for, until it calls `close`.
 
     Args:
-        path: checkpoints/step_N, see training.checkpoint.find_checkpoint.
+        path: checkpoints/step_N, see training.checkpoint_files.find_checkpoint.
         dtype: "float32" or "bfloat16".
         tensor_parallel: ranks that share the model.
     """
@@ -94,12 +94,12 @@ class MegatronScorer:
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-        from ..training import checkpoint
+        from ..training import checkpoint, checkpoint_files, checkpoint_state
         from ..training.model import build_chunks
         from ..training.trainer import init_distributed
 
-        checkpoint.refuse_damaged(path)
-        state = checkpoint.read_state(path)
+        checkpoint_files.refuse_damaged(path)
+        state = checkpoint_state.read_state(path)
         run = scoring_config(state, dtype, tensor_parallel)
         # Padding of the vocabulary depends on the training layout: the checkpoint knows its size.
         padded = checkpoint.stored_entries(path)["embedding.word_embeddings.weight"].size[0]
@@ -178,7 +178,8 @@ def scoring_config(state: dict[str, Any], dtype: str, tensor_parallel: int) -> A
         "micro_batch_size global_batch_size cp_comm_type overlap_p2p_comm batch_p2p_comm fp8 fp8_hybrid exact "
         "activations_checkpoint_granularity activations_checkpoint_method activations_checkpoint_num_layers hidden_dropout "
         "calculate_per_token_loss apply_rope_fusion cross_entropy_loss_fusion cross_entropy_fusion_impl loss_chunk_tokens "
-        "gradient_accumulation_fusion deterministic_mode qk_timing"
+        "gradient_accumulation_fusion deterministic_mode qk_timing moe_aux_loss_coeff moe_token_dispatcher_type moe_grouped_gemm "
+        "mtp_num_layers"
     ).split():
         setattr(m, name, getattr(plain, name))
     m.global_batch_size = 1

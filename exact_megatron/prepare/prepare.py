@@ -39,18 +39,9 @@ import numpy as np
 
 from ..utils.files import read_json, write_json, writing
 from ..utils.tokenizer import EOD, added_tokens, find_eod, identity, load_tokenizer, tokenizer_file
-from .corpus import (
-    GLOBS,
-    RECORDS,
-    File,
-    LeftOut,
-    Shard,
-    cut_shards,
-    list_files,
-    merge_left_out,
-    read_documents,
-    stable_hash,
-)
+from .files import GLOBS, File, LeftOut, list_files, merge_left_out
+from .formats import RECORDS
+from .shards import Shard, cut_shards, read_documents, stable_hash
 from .tokenizer import train_bpe
 
 FORMAT = 2

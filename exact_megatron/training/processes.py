@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+import queue
 import signal
 import sys
 import threading
-from multiprocessing import get_context
-from multiprocessing.managers import SyncManager
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc: Any = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 _forking: int | None = None  # pid of the parent of the fork in progress
 _registered = False
-_manager: SyncManager | None = None
 
 
 def end_with(parent: int) -> None:
@@ -34,18 +32,16 @@ def end_forks_with_this_process() -> None:
         _registered = True
 
 
-def end_checkpoint_queue_with_this_process() -> None:
-    """Start the queue server of megatron.core's checkpoint writer, which is spawned, not forked, with `end_with`.
+def keep_checkpoint_results_in_this_process() -> None:
+    """Give megatron.core's checkpoint writer a queue of this process for its results.
 
-    The writer starts one of its own unless `_results_queue` of its module is set (megatron.core 0.16 to 0.19).
+    Left alone, the writer spawns a process on every rank that serves this queue, and that imports torch anew for it (megatron.core
+    0.16 to 0.19). Only an asynchronous save needs that: ours are written and read by one process.
     """
-    global _manager
-    if _manager is None:
-        from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-        _manager = SyncManager(ctx=get_context("spawn"))
-        _manager.start(end_with, (os.getpid(),))
-        filesystem_async._results_queue = _manager.Queue()
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def _before_fork() -> None:

@@ -135,15 +135,39 @@ class OptimConfig:
         return self.name in ("mcore_distributed_optim", "distributed_fused_adam")
 
 
+# What each type reads from a config.json's rope_scaling (transformers 5.24: modeling_rope_utils).
+ROPE_SCALING_KEYS = {
+    "default": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "truncate",
+    ),
+}
+
+
 @dataclass
 class RopeScalingConfig:
     """`rope_scaling` of a config.json, with its names; scaling of type linear is model.seq_len_interpolation_factor."""
 
-    rope_type: str = choice("default", ["default", "llama3"])
-    factor: float = number(8.0, least=1)  # the rest is read with llama3 only
-    low_freq_factor: float = number(1.0, above=0)
-    high_freq_factor: float = number(4.0, above=0)
+    rope_type: str = choice("default", ["default", "llama3", "yarn"])
+    factor: float = number(8.0, least=1)
     original_max_position_embeddings: int = whole(8192, least=1)
+    low_freq_factor: float = number(1.0, above=0)  # llama3
+    high_freq_factor: float = number(4.0, above=0)  # llama3
+    beta_fast: float = number(32.0, above=0)  # yarn: turns in the original window from which a frequency stays as it is
+    beta_slow: float = number(1.0, above=0)  # yarn: turns up to which it is divided by factor
+    attention_factor: Optional[float] = number(None, above=0)  # yarn: scales queries and keys; null: 0.1 ln(factor) + 1
+    truncate: bool = switch(True)  # yarn: the ramp between both begins and ends at whole dimensions
+
+    def used(self) -> dict[str, Any]:
+        """The settings that `rope_type` reads, without those that are null."""
+        values = {key: getattr(self, key) for key in ("rope_type", *ROPE_SCALING_KEYS[self.rope_type])}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 @dataclass
@@ -185,7 +209,22 @@ class ModelConfig:
     override_vocab_size: Optional[int] = whole(
         None, least=1
     )  # rows of the vocabulary, at least the data's; null: from PREFIX.json
-    mtp_num_layers: Optional[int] = whole(None, least=0)
+    num_moe_experts: Optional[int] = whole(None, least=2)  # in every layer, in place of its MLP; null: a dense model
+    moe_router_topk: int = whole(
+        2, least=1
+    )  # experts of a token; with 1 the router's softmax is taken before the choice
+    moe_ffn_hidden_size: Optional[int] = whole(None, least=1)  # of an expert; null: ffn_hidden_size
+    # An auxiliary loss of a micro-batch, or of each sample. (megatron.core's global_aux_loss weighs less the more data-parallel ranks
+    # there are, and sinkhorn routes a token by later ones.)
+    moe_router_load_balancing_type: str = choice("aux_loss", ["aux_loss", "seq_aux_loss", "none"])
+    moe_aux_loss_coeff: float = number(0.0, least=0)
+    moe_token_dispatcher_type: str = choice("allgather", ["allgather", "alltoall"])  # alltoall: on a GPU
+    moe_grouped_gemm: bool = switch(False)  # Transformer Engine's kernel for all experts of a rank
+    expert_model_parallel_size: int = whole(
+        1, least=1
+    )  # of the data- and context-parallel ranks, which share the experts
+    mtp_num_layers: Optional[int] = whole(None, least=0)  # depths of multi-token prediction
+    mtp_loss_scaling_factor: float = number(0.1, least=0)  # of the mean of the depths' losses
     activations_checkpoint_granularity: Optional[str] = choice(None, ["selective", "full"])
     activations_checkpoint_method: Optional[str] = choice(None, ["uniform", "block"])  # with full
     activations_checkpoint_num_layers: Optional[int] = whole(None, least=1)

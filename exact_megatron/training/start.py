@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..utils.tokenizer import UNKNOWN, Identity, refuse_other_tokenizer
-from . import checkpoint
+from . import checkpoint_files, checkpoint_state
 from .data_files import ACCEPT_TOKENIZER, Vocabulary
 from .schema import RunConfig
 
@@ -51,11 +51,11 @@ def find_start(run: RunConfig, vocabulary: Vocabulary | None, digests: Mapping[s
             tokenizer, of other settings (resume) or of another model (restore_from_path).
     """
     folder = Path(run.exp_manager.exp_dir)
-    if checkpoint.checkpoints(folder) and not run.exp_manager.resume_if_exists:
+    if checkpoint_files.checkpoints(folder) and not run.exp_manager.resume_if_exists:
         raise ValueError(
             f"{folder} holds checkpoints, and exp_manager.resume_if_exists=false: choose another exp_manager.exp_dir or remove them"
         )
-    path, damaged = checkpoint.newest_whole(folder)
+    path, damaged = checkpoint_files.newest_whole(folder)
     resumes = path is not None
     remarks = [
         f"WARNING: the checkpoint {broken} is damaged: {problem}. The run resumes from {path}, and keeps the damaged one as "
@@ -63,13 +63,13 @@ def find_start(run: RunConfig, vocabulary: Vocabulary | None, digests: Mapping[s
         for broken, problem in damaged.items()
     ]
     if path is None and run.restore_from_path is not None:
-        path = checkpoint.find_checkpoint(run.restore_from_path)
-        checkpoint.refuse_damaged(path)
-    state = checkpoint.read_state(path) if path else None
+        path = checkpoint_files.find_checkpoint(run.restore_from_path)
+        checkpoint_files.refuse_damaged(path)
+    state = checkpoint_state.read_state(path) if path else None
     known = dict(vocabulary.tokenizers) if vocabulary else {}
     tokenizer = next((i for i in known.values() if i.digest), UNKNOWN)
     if state is not None:
-        theirs = checkpoint.tokenizer_of(state)
+        theirs = checkpoint_state.tokenizer_of(state)
         known = {str(path): theirs, **known}
         tokenizer = tokenizer if tokenizer.digest else theirs
     if vocabulary is not None:
@@ -77,8 +77,8 @@ def find_start(run: RunConfig, vocabulary: Vocabulary | None, digests: Mapping[s
     if state is None:
         return Start(tokenizer=tokenizer, remarks=remarks)
     if resumes:
-        checkpoint.refuse_changed_run(state, run, digests)
+        checkpoint_state.refuse_changed_run(state, run, digests)
     else:
-        positions = checkpoint.refuse_other_model(state, run, vocabulary.vocab_size if vocabulary else None)
+        positions = checkpoint_state.refuse_other_model(state, run, vocabulary.vocab_size if vocabulary else None)
         remarks += [f"{path} has other positions: {line}" for line in positions]
     return Start(path, resumes, state["step"] if resumes else 0, damaged, tokenizer, remarks)

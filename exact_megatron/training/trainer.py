@@ -25,7 +25,8 @@ from ..config import ExactConfig, ExactError
 from ..dataset import from_rank_0, members
 from ..loss import EXACT_LOSS, LM_LOSS, ExactLoss, bucket_of, gpt_loss
 from ..qk_timing import QKTiming
-from . import checkpoint, determinism
+from . import checkpoint, checkpoint_files, checkpoint_state, determinism
+from .auxiliary_losses import forget_auxiliary_losses, read_auxiliary_losses
 from .data import STOP_SIGNALS, build_datasets, build_loader, get_batch
 from .data_files import Vocabulary, read_vocabulary
 from .lengths import check_lengths
@@ -89,6 +90,7 @@ def init_distributed(run: RunConfig) -> torch.device:
         pipeline_model_parallel_size=m.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=m.virtual_pipeline_model_parallel_size,
         context_parallel_size=m.context_parallel_size,
+        expert_model_parallel_size=m.expert_model_parallel_size,
     )
     _seed(m.seed)
     init_num_microbatches_calculator(
@@ -106,6 +108,7 @@ def _seed(seed: int) -> None:
 
 def shutdown() -> None:
     """Undo init_distributed but for the process group, so that the next Trainer in this process may have another layout."""
+    forget_auxiliary_losses()
     parallel_state.destroy_model_parallel()
     destroy_num_microbatches_calculator()
 
@@ -160,7 +163,9 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         digests, tokenizer = self.builder.digests, self.start.tokenizer
-        return checkpoint.describe(self.run, self.step, self.vocabulary.vocab_size, **digests, tokenizer=tokenizer)
+        return checkpoint_state.describe(
+            self.run, self.step, self.vocabulary.vocab_size, **digests, tokenizer=tokenizer
+        )
 
     def _load(self) -> None:
         """Load what `start` names into model, optimizer and schedule."""
@@ -181,9 +186,13 @@ class Trainer:
             self.run_dir, self.step, self.model, self.optimizer, self.scheduler, self.state(), params.save_top_k
         )
 
-    def _forward_step(self, loss_func: Any, iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
+    def forward_step(self, loss_func: Any, iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
         batch, packed = get_batch(iterator, self.device, self.run.model.data.document_masking)
-        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
+        # multi-token prediction weights the targets of its depths by it
+        mask = {"loss_mask": batch["loss_mask"]} if self.run.model.mtp_num_layers else {}
+        losses = model(
+            batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed, **mask
+        )
         return losses, partial(loss_func, batch["loss_mask"])
 
     def _run_schedule(self, loader: Iterator[Any], loss_func: Any, forward_only: bool) -> dict[str, MeanLoss]:
@@ -192,7 +201,7 @@ class Trainer:
         micro_batches = [next(loader) for _ in range(self.run.num_microbatches)]
         iterators: list[Iterator[Any]] = [iter(micro_batches) for _ in self.model]
         reports = get_forward_backward_func()(
-            forward_step_func=partial(self._forward_step, loss_func),
+            forward_step_func=partial(self.forward_step, loss_func),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.model if len(self.model) > 1 else self.model[0],
             num_microbatches=self.run.num_microbatches,
@@ -255,6 +264,7 @@ class Trainer:
             "targets": report[LM_LOSS].targets,
             "tokens_per_s": self.run.tokens_per_step / seconds,
             "buckets": _buckets(report),
+            **read_auxiliary_losses(self.run, self.device),
         }
         if self.timing is not None:
             line["qk_factor"] = self.timing.factor
@@ -293,7 +303,7 @@ class Trainer:
         params = run.exp_manager.checkpoint_callback_params
         if self.is_first:
             for path in self.start.damaged:
-                checkpoint.set_aside(path)
+                checkpoint_files.set_aside(path)
         log = RunLog(run, self.step, self.table, self.builder.census, self.console) if self.is_first else None
         loader = iter(build_loader(run, self.train_data, self.vocabulary, self.step * run.model.global_batch_size))
         # A signal that whoever started this rank has it ignore stays ignored, by the checkpoint's helper processes too.

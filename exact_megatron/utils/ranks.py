@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+import time
+from typing import Any
 
 from ..config import ExactError
 
+ONE_SIGNAL = 0.2  # seconds: `timeout` sends its signal to the process and to its group, which is one request
 SHUTDOWN_SECONDS = 600  # for a checkpoint after a stop signal; torchrun's own default of 30 s would kill it half-way
 
 ONE_RANK = """
     trainer.devices=1 trainer.num_nodes=1 model.tensor_model_parallel_size=1 model.context_parallel_size=1
     model.pipeline_model_parallel_size=1 model.virtual_pipeline_model_parallel_size=null model.sequence_parallel=false
+    model.expert_model_parallel_size=1
 """.split()  # overrides for the settings of a run, whatever its own layout
 
 
@@ -55,3 +61,62 @@ def torchrun(devices: int, arguments: list[str]) -> list[str]:
         if option in known:  # torch >= 2.9
             command += [option, value]
     return [*command, "-m", "exact_megatron", *arguments]
+
+
+def launch(command: list[str]) -> int:
+    """Run a command with its output passed through, and return its exit code.
+
+    It gets a session of its own, so that Ctrl-C in the terminal reaches it as one SIGTERM, at which it saves
+    a checkpoint and stops. It ignores SIGUSR1, which Slurm may send to every process of a job step.
+
+    Raises:
+        KeyboardInterrupt: this process got SIGINT; the command has ended.
+        SystemExit: it got SIGTERM, SIGHUP or SIGUSR1; the code is 128 + signal.
+    """
+    received: list[int] = []
+    first = 0.0
+    process: subprocess.Popen[bytes] | None = None
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal first
+        if received and time.monotonic() - first < ONE_SIGNAL:
+            return
+        received.append(number)
+        first = first or time.monotonic()
+        if process is None:
+            return
+        if len(received) == 1:
+            print("stopping after a checkpoint; a second signal kills", file=sys.stderr, flush=True)
+            process.terminate()
+        else:
+            _kill(process.pid)
+
+    def ignore() -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+    try:
+        process = subprocess.Popen(command, start_new_session=True, preexec_fn=ignore)
+        if received:
+            process.terminate()
+        code = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received:
+        if received[0] == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + received[0])
+    return code
+
+
+def _kill(pid: int) -> None:
+    """Kill a process and all that it started; torchrun's ranks are in sessions of their own."""
+    import psutil  # type: ignore[import-untyped]
+
+    try:
+        parent = psutil.Process(pid)
+        for process in [*parent.children(recursive=True), parent]:
+            process.kill()
+    except psutil.NoSuchProcess:
+        return

@@ -47,7 +47,7 @@ step "8 evaluate: every suite with a handful of items, before and after, and the
 # RULER and the short tasks need lm-eval, which has an environment of its own (`make test-eval` makes the same); NoLiMa's files and the
 # short tasks' data are brought by the user, and own-made stand-ins of the same form take their place here.
 evaluate=${EVALUATE:-exact-megatron}
-python - "$here/../../tests" "$run/brought" <<'PY'
+python - "$here/../../tests/helpers" "$run/brought" <<'PY'
 import sys
 from pathlib import Path
 

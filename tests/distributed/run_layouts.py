@@ -18,9 +18,11 @@ def main() -> None:
     from exact_megatron.training.config import load_config
     from exact_megatron.training.data import build_loader
     from exact_megatron.training.trainer import Trainer, shutdown
+    from tests.helpers.groups import share_process_groups
 
     config, jobs, out = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
     torch.set_num_threads(1)
+    share_process_groups()
     for job in jobs:
         run = load_config(config, [f"exp_manager.exp_dir={out}/runs/{job['name']}", *job["overrides"]])
         trainer = Trainer(run, progress=False)

@@ -62,7 +62,10 @@ def leaks(config: str, overrides: list[str]) -> dict[str, bool]:
 def main() -> None:
     import torch
 
+    from tests.helpers.groups import share_process_groups
+
     torch.set_num_threads(1)
+    share_process_groups()
     world = int(os.environ["WORLD_SIZE"])
     parallel = [f"trainer.devices={world}", f"model.context_parallel_size={world}"]
     exchanges = [[]] if world == 1 else [["model.cp_comm_type=a2a"], ["model.cp_comm_type=all_gather"]]

@@ -13,6 +13,7 @@ import torch
 from exact_megatron.blend import whole_samples
 from exact_megatron.training.config import load_config
 from exact_megatron.training.trainer import Trainer, shutdown
+from tests.helpers.groups import share_process_groups
 
 config, folder, out, *overrides = sys.argv[1:]
 STEPS, BATCHES = 3, 3
@@ -88,6 +89,7 @@ def watched(trainer):
 
 
 def main():
+    share_process_groups()
     trainer = train("straight")
     found["samples"] = [len(trainer.train_data), len(trainer.valid_data)]
     lengths = trainer.train_data.datasets[0].dataset.sequence_lengths

@@ -18,9 +18,10 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_tens
 from megatron.core.transformer.identity_op import IdentityOp
 
 from exact_megatron.attention import document_boundaries
-from exact_megatron.training import checkpoint, model
+from exact_megatron.training import checkpoint, checkpoint_files, checkpoint_state, model
 from exact_megatron.training.config import load_config
 from exact_megatron.training.trainer import init_distributed, shutdown
+from tests.helpers.groups import share_process_groups
 
 unfused_spec = model.layer_spec
 
@@ -68,12 +69,12 @@ def logits(job):
     device = init_distributed(run)
     model.layer_spec = fused_spec if job.get("fused") else unfused_spec
     chunks = model.build_model(run, run.model.override_vocab_size, device)
-    path = checkpoint.find_checkpoint(run.restore_from_path)
-    changed = checkpoint.refuse_other_model(checkpoint.read_state(path), run, run.model.override_vocab_size)
+    path = checkpoint_files.find_checkpoint(run.restore_from_path)
+    changed = checkpoint_state.refuse_other_model(checkpoint_state.read_state(path), run, run.model.override_vocab_size)
     assert bool(changed) == job.get("other_positions", False), changed
     checkpoint.load_weights(path, chunks)
     if job.get("save"):
-        state = checkpoint.describe(run, 5, run.model.override_vocab_size, None, None)
+        state = checkpoint_state.describe(run, 5, run.model.override_vocab_size, None, None)
         checkpoint.save(job["save"], 5, chunks, Nothing(), Nothing(), state, 1)
     packed = document_boundaries(torch.arange(0, size * length + 1, length, dtype=torch.int32), length, size)
 
@@ -99,6 +100,7 @@ def logits(job):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    share_process_groups()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         logits(job)
     torch.distributed.destroy_process_group()

@@ -15,9 +15,11 @@ def main() -> None:
     from exact_megatron.training.data import build_loader
     from exact_megatron.training.memory_record import record_memory
     from exact_megatron.training.trainer import Trainer, shutdown
+    from tests.helpers.groups import share_process_groups
 
     config, jobs, out = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
     torch.set_num_threads(1)
+    share_process_groups()
     for name, overrides in jobs.items():
         run = load_config(config, [f"exp_manager.exp_dir={out}/{name}", *overrides])
         trainer = Trainer(run, progress=False)
@@ -51,7 +53,7 @@ def forward(trainer, loader) -> dict[str, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), FlopCounterMode(display=False) as flops:
-        trainer._forward_step(trainer.loss_func, loader, trainer.model[0])
+        trainer.forward_step(trainer.loss_func, loader, trainer.model[0])
     products = flops.get_flop_counts()["Global"]
     matrices = sum(
         n for op, n in products.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)

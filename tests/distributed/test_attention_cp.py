@@ -1,6 +1,6 @@
 """Document attention under context parallelism: four gloo processes, started once, run every check below.
 
-`python tests/distributed/test_attention_cp.py PORT FOLDER` starts them; pytest runs it and reads the reports in FOLDER.
+This file is their script too: each leaves its report in the folder of its argument.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ import contextlib
 import hashlib
 import inspect
 import json
-import multiprocessing
 import os
-import signal
-import socket
 import subprocess
 import sys
 import traceback
@@ -24,16 +21,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-HERE = Path(__file__).resolve().parents[1]
-sys.path[:0] = [p for p in (str(HERE), str(HERE.parent)) if p not in sys.path]
-os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-
-from exact_megatron.attention import (  # noqa: E402
-    DocumentAttention,
-    context_parallel,
-    document_boundaries,
-)
-from tests.unit.attention.test_attention import PACKINGS, S, assert_close, attend, config, dense, packing, run, tensors  # noqa: E402
+from exact_megatron.attention import DocumentAttention, context_parallel, document_boundaries
+from tests.helpers.groups import share_process_groups
+from tests.helpers.ranks import launch
+from tests.unit.attention.test_attention import PACKINGS, S, assert_close, attend, config, dense, packing, run, tensors
 
 WORLD, SECONDS = 4, 300
 GROUPS: dict[int, dist.ProcessGroup] = {}
@@ -339,16 +330,15 @@ CHECKS |= {
 CHECKS["gpt-whole-samples"] = partial(gpt_equals_stock, 2, 2, "auto", "kept", False)
 
 
-def worker(rank: int, port: str, report: Path) -> None:
+def worker(report: Path) -> None:
     torch.set_num_threads(1)
     from exact_megatron.training.cpu_runtime import install
 
     install()
-    dist.init_process_group(
-        "gloo", f"tcp://127.0.0.1:{port}", timeout=timedelta(seconds=60), rank=rank, world_size=WORLD
-    )
+    share_process_groups()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    GROUPS.update({2: pairs[rank // 2], 4: dist.group.WORLD})
+    GROUPS.update({2: pairs[dist.get_rank() // 2], 4: dist.group.WORLD})
     results = {}
     for name, check in CHECKS.items():
         try:
@@ -367,24 +357,10 @@ def worker(rank: int, port: str, report: Path) -> None:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> list[dict[str, str]]:
     folder = tmp_path_factory.mktemp("attention_cp")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with (folder / "stderr").open("w") as stderr:
-        command, env = (
-            [sys.executable, __file__, str(port), str(folder)],
-            os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        process = subprocess.Popen(command, stdout=stderr, stderr=stderr, env=env, start_new_session=True)
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(SECONDS)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its ranks too, where they are still there
-            process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        launch("distributed/test_attention_cp.py", [str(folder)], WORLD, SECONDS)
     files = [folder / f"{rank}.json" for rank in range(WORLD)]
-    assert all(f.exists() for f in files), (folder / "stderr").read_text()[-5000:]
+    assert all(f.exists() for f in files), f"no check ended within {SECONDS} s"
     return [json.loads(f.read_text()) for f in files]
 
 
@@ -395,11 +371,4 @@ def test_four_ranks(reports, name):
 
 
 if __name__ == "__main__":
-    fork = multiprocessing.get_context("fork")  # before any thread: the slow imports are done once
-    import megatron.core.models.gpt  # noqa: F401
-
-    ranks = [fork.Process(target=worker, args=(i, sys.argv[1], Path(sys.argv[2], f"{i}.json"))) for i in range(WORLD)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
+    worker(Path(sys.argv[1], f"{os.environ['RANK']}.json"))

@@ -1,8 +1,6 @@
 """A run whose data lose their weights on the way stops by itself, whatever the normalization."""
 
-import subprocess
-import sys
-
+from tests.helpers.forked import run
 from tests.helpers.tiny import config_file, write_data
 
 RUN = """
@@ -36,8 +34,7 @@ for folder, normalization in zip(sys.argv[2:], ("corpus", "none")):
 def test_a_run_whose_data_lose_their_weights_midway_stops(tmp_path):
     config = config_file(tmp_path, write_data(tmp_path))
     config.write_text(config.read_text().replace("max_steps: 4", "max_steps: 40, limit_val_batches: 0"))
-    command = [sys.executable, "-c", RUN, str(config), str(tmp_path / "corpus"), str(tmp_path / "none")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run(["-c", RUN, str(config), str(tmp_path / "corpus"), str(tmp_path / "none")])
     assert done.returncode == 0, done.stderr[-3000:]
     corpus, none = done.stdout.strip().splitlines()[-2:]
     assert corpus.startswith("corpus 3 ") and "carries the weight 1, which is not in the weight table" in corpus

@@ -75,7 +75,7 @@ def assert_bitwise(run_dir, straight):
 
 def end_tree(process):
     """Kill what is left of a launch; torchrun's ranks are in sessions of their own."""
-    for started in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
+    for started in children(process) if process.poll() is None else []:
         started.kill()
     process.end()
 
@@ -147,7 +147,7 @@ def test_distributed_ranks_stop_together(straight):
         end_tree(process)
     stopped = len(metrics(run_dir))
     assert stopped < STEPS and f"stopped by a signal after step {stopped}" in output, output[-3000:]
-    train(config, run_dir, *overrides)
+    launch("-m", command(config, run_dir, *overrides)[1:], 2)
     for line, expected in zip(metrics(run_dir), straight[2], strict=True):
         assert line["exact_loss"] == pytest.approx(expected["exact_loss"], rel=1e-5)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
@@ -195,21 +195,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(straight):
 @pytest.mark.parametrize("layout", [[], ["model.pipeline_model_parallel_size=2"]], ids=["dp2", "pp2"])
 def test_the_last_step_is_saved_before_it_is_validated_and_validation_can_be_stopped(straight, tmp_path, layout):
     """On data of two members without weights, fewer samples than the steps and the validation draw."""
-    folder, config, *_ = straight
-    for name in "xyz":
+    _, config, *_ = straight
+    write_data(tmp_path, ordinary=10)
+    for name in "yz":
         for suffix in (".bin", ".idx"):
-            shutil.copyfile(folder / f"x{suffix}", tmp_path / f"{name}{suffix}")
+            shutil.copyfile(tmp_path / f"x{suffix}", tmp_path / f"{name}{suffix}")
     overrides = [
         f"model.data.data_prefix={{train: [{tmp_path}/x, {tmp_path}/y], validation: [{tmp_path}/y, {tmp_path}/z]}}",
         "trainer.devices=2",
-        "model.global_batch_size=256",
-        "model.micro_batch_size=32",
+        "model.global_batch_size=24",
+        "model.micro_batch_size=4",
         *layout,
     ]
     launch("distributed/run_lifecycle.py", [str(config), str(tmp_path), str(tmp_path / "found.json"), *overrides], 2)
     found = json.loads((tmp_path / "found.json").read_text())
     saved = ["step_00000002", "step_00000003"]
-    assert found["samples"] == [768, 768] and found["an epoch"] < 768
+    assert found["samples"] == [72, 72] and found["an epoch"] < 72
 
     first, again = found["straight"]
     expected = {key: first[key] for key in ("losses", "validated")}
@@ -238,6 +239,13 @@ def children(process):
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def command_line(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # a writer that has finished
+        return ""
+
+
 def test_one_writer_a_folder_and_no_orphans_after_kill(straight):
     """With loader workers and a checkpoint's helpers alive: a second run is refused, and kill -9 frees the folder at once."""
     folder, config, *_ = straight
@@ -255,7 +263,8 @@ def test_one_writer_a_folder_and_no_orphans_after_kill(straight):
         assert written == {path: path.read_bytes() for path in written}
         assert process.poll() is None
         started = children(process)
-        assert len(started) >= 3, "two workers, the checkpoint's queue, perhaps writers"
+        assert len(started) >= 2, "two workers, perhaps a checkpoint's writers"
+        assert not any("spawn_main" in command_line(child) for child in started), "none that imports torch anew"
         process.send_signal(signal.SIGKILL)
         _, left = psutil.wait_procs(started, timeout=5)
         assert not left

@@ -31,7 +31,7 @@ _context.set_forkserver_preload(PRELOADED)
 
 
 class Forked:
-    """`python COMMAND`, where COMMAND is a script or -m MODULE, and its arguments; a context manager that leaves nothing running.
+    """`python COMMAND`, where COMMAND is a script, -m MODULE or -c CODE, and its arguments; a context manager that leaves nothing running.
 
     Args:
         command: the words after `python`.
@@ -102,6 +102,9 @@ def _run(command: list[str], files: list[str], env: dict[str, str], cwd: str) ->
     if command[0] == "-m":
         sys.argv = list(command[1:])
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    elif command[0] == "-c":
+        sys.argv = ["-c", *command[2:]]
+        exec(command[1], {"__name__": "__main__"})
     else:
         sys.argv = list(command)
         sys.path.insert(0, str(Path(command[0]).parent))

@@ -14,6 +14,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 SIZES = {
     "vocab_size": 99,
     "hidden_size": 64,
@@ -41,6 +42,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "llama_linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama_yarn": (
+        "Llama",
+        {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4, "beta_fast": 8.0, "truncate": False}},
+    ),
+    "qwen3_yarn": ("Qwen3", {"rope_theta": 1000000.0, "head_dim": 32, "rope_scaling": YARN}),
     "qwen2.5": ("Qwen2", {"rope_theta": 1000000.0, "tie_word_embeddings": True}),
     "qwen2.5_untied": ("Qwen2", {"rope_theta": 1000000.0, "vocab_size": 128}),
     "qwen3": ("Qwen3", {"rope_theta": 1000000.0, "head_dim": 32}),

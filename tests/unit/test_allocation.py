@@ -167,3 +167,48 @@ def test_a_short_part_of_few_targets_keeps_its_weight():
     """It cannot take up the rounding of the tail's millions: its weight became negative."""
     table = WeightTable.from_counts(counts_for([1] + [0] * 7 + [10**7, 10**7], 4096), 4096)
     assert table.lookup[0] == pytest.approx(1 / 1.15, rel=1e-6) and abs(table.mean - 1) < 1e-6
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    bucket_counts=COUNTS,
+    share=st.floats(0.01, 0.99),
+    gamma=st.floats(0, 2),
+    max_weight=st.one_of(st.none(), st.floats(1.001, 1e3)),
+)
+def test_a_tail_share_is_met_and_is_the_alpha_that_it_means(bucket_counts, share, gamma, max_weight):
+    counts = counts_for(bucket_counts, 4096)
+    tail, short = sum(bucket_counts[8:]), sum(bucket_counts[:8])
+    asked = {"gamma": gamma, "max_weight": max_weight, "normalization": "none"}
+
+    def table(**settings):
+        return WeightTable.from_counts(counts, 4096, **asked, **settings)
+
+    if share * (tail + short) < tail * (1 - 1e-9):
+        with pytest.raises(ValueError, match="is below .*, the share of the targets that lie in the tail"):
+            table(tail_share=share)
+    elif max_weight and share * (max_weight * tail + short) > max_weight * tail * (1 + 1e-9):
+        with pytest.raises(ValueError, match="cannot be reached with model.exact.max_weight="):
+            table(tail_share=share)
+    elif abs(share * (tail + short) - tail) > 1e-6 * tail and not (
+        max_weight and share * (max_weight * tail + short) > max_weight * tail * (1 - 1e-6)
+    ):
+        try:
+            found = table(tail_share=share)
+        except ValueError as error:
+            assert "in a float32 sum" in str(error)
+            return
+        weights = bucket_counts * found.bucket_weights
+        assert weights[8:].sum() / weights.sum() == pytest.approx(share, rel=1e-9)
+        assert found.config.tail_share is None
+        assert table(alpha=found.config.alpha).digest == found.digest
+
+
+def test_a_tail_share_is_given_instead_of_alpha():
+    with pytest.raises(ValueError, match="tail_share=0.35 and model.exact.alpha=0.2 both say"):
+        ExactConfig(alpha=0.2, tail_share=0.35)
+    with pytest.raises(ValueError, match="tail_share=1"):
+        ExactConfig(tail_share=1.0)
+    census = ExposureCensus.from_document_lengths(np.array([9, 70, 4000, 300, 5000]), 1024)
+    table = WeightTable.from_census(census, ExactConfig(tail_share=0.8))
+    assert table.weighted_tail_share == pytest.approx(0.8, abs=1e-6) and abs(table.mean - 1) < 1e-7

@@ -148,6 +148,41 @@ def test_off_and_alpha_0_are_bitwise_stock(tmp_path, write_corpus, exact, eod_ma
             assert left[key].dtype == right[key].dtype and torch.equal(left[key], right[key])
 
 
+@pytest.mark.parametrize("eod_mask_loss", [False, True])
+def test_a_placebo_gives_a_samples_weights_to_its_targets_at_random(tmp_path, write_corpus, eod_mask_loss):
+    prefix = write_corpus(uneven_lengths(np.random.default_rng(2), S, 80))
+
+    def samples(seed=3, **exact):
+        config = dataset_config(tmp_path, ([prefix], None), random_seed=seed, eod_mask_loss=eod_mask_loss)
+        (train, _, _), builder = build(config, [None, 0, 0], dataclasses.replace(ON, **exact))
+        return [train[i]["loss_mask"].numpy() for i in range(len(train))], builder
+
+    exact, real = samples()
+    placebo, builder = samples(placebo=True)
+    assert len(exact) == len(placebo) > 20
+    for a, b in zip(exact, placebo):
+        assert np.array_equal(a != 0, b != 0)
+        assert np.array_equal(np.sort(a), np.sort(b))
+    moved = np.mean([(a != b).any() for a, b in zip(exact, placebo)])
+    assert moved > 0.5  # not those whose targets weigh the same
+    assert all(np.array_equal(a, b) for a, b in zip(placebo, samples(placebo=True)[0]))  # a sample's own seed
+    assert np.array_equal(real.table.lookup, builder.table.lookup) and real.table.digest != builder.table.digest
+    context = np.concatenate([np.flatnonzero(a > a[a > 0].min()) for a in exact])
+    permuted = np.concatenate([np.flatnonzero(b > b[b > 0].min()) for b in placebo])
+    assert (
+        abs(np.mean(permuted) - np.mean(context)) > 1
+    )  # the tail is at the end of samples, the placebo's weights are anywhere
+
+
+def test_a_placebo_reports_no_buckets(tmp_path, write_corpus):
+    prefix = write_corpus(uneven_lengths(np.random.default_rng(2), S, 80))
+    _, builder = build(dataset_config(tmp_path, ([prefix], None)), [None, 0, 0], dataclasses.replace(ON, placebo=True))
+    assert builder.loss.names == ["lm loss", "exact loss"]
+    weights = torch.from_numpy(builder.table.lookup[[1, 1, S, 0]])
+    report = builder.loss.report(torch.ones(4), weights, torch.ones(4))
+    assert list(report) == builder.loss.names and report["lm loss"].tolist() == [4, 4]
+
+
 def test_pads_and_batch_padding_stay_unsupervised(tmp_path, write_corpus):
     """The last validation sample is padded; index None asks for a sample that is all padding."""
     lengths = np.array([S + 30] * 20, np.int32)

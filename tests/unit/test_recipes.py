@@ -122,7 +122,10 @@ def test_a_later_file_wins_key_by_key(tmp_path):
             "needs a number",
         ),
         (["model.activations_checkpoint_num_layers=2"], "anything else takes none"),
-        (["model.rope_scaling.rope_type=yarn"], "rope_type='yarn' is not one of default, llama3"),
+        (["model.rope_scaling.rope_type=longrope"], "rope_type='longrope' is not one of default, llama3, yarn"),
+        (["model.rope_scaling.rope_type=yarn", "model.seq_len_interpolation_factor=2"], "both scale the positions"),
+        (["model.rope_scaling.rope_type=yarn", "model.rotary_percentage=0.5"], "rotary_percentage=0.5 rotates a part"),
+        (["model.rope_scaling.rope_type=yarn", "model.rope_scaling.beta_slow=40"], "beta_fast=32 must be above .*=40"),
     ],
 )
 def test_settings_that_a_recipe_may_get_wrong(overrides, message):

@@ -18,7 +18,8 @@ from exact_megatron.convert.config_json import model_settings
 from exact_megatron.convert.convert import _whole, hf_to_megatron, megatron_to_hf
 from exact_megatron.convert.weights import HuggingFaceWeights
 from tests.helpers import hf_models
-from tests.helpers.hf_models import FAMILIES, LLAMA3, TOKENIZER, edit, make, tensors
+from tests.helpers.forked import run
+from tests.helpers.hf_models import FAMILIES, LLAMA3, TOKENIZER, YARN, edit, make, tensors
 from tests.helpers.ranks import launch
 
 pytest.importorskip("transformers", reason="the reference; pip install exact-megatron[hf]")
@@ -31,6 +32,16 @@ WINDOWS = {
     "linear": (
         ["model.seq_len_interpolation_factor=2"],
         {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "yarn": (
+        [
+            "model.rope_scaling={rope_type: yarn, factor: 16, original_max_position_embeddings: 64, attention_factor: 1.5}"
+        ],
+        {
+            "rope_theta": 5e5,
+            "rope_scaling": YARN
+            | {"factor": 16.0, "attention_factor": 1.5, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True},
+        },
     ),
     "llama3": (
         ["model.rope_scaling={rope_type: llama3, factor: 16, original_max_position_embeddings: 64}"],
@@ -143,16 +154,16 @@ def save_as_stage(converted: Path, run: Path, overrides: list[str]) -> None:
     """The converted weights as a run with other settings would save them, its start being `converted`."""
     import shutil
 
-    from exact_megatron.training import checkpoint
+    from exact_megatron.training import checkpoint_files
     from exact_megatron.training.config import load_config
 
     data = ["model.data.data_prefix=[none]", "model.data.seq_length=128"]
     path = run / "checkpoints" / "step_00000007"
-    shutil.copytree(checkpoint.find_checkpoint(converted), path)
+    shutil.copytree(checkpoint_files.find_checkpoint(converted), path)
     common = torch.load(path / "common.pt")
     common["state"]["config"] = load_config(converted / "model.yaml", [*data, *overrides]).to_yaml()
     torch.save(common, path / "common.pt")
-    checkpoint.write_checksums(path)
+    checkpoint_files.write_checksums(path)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *PADDED])
@@ -223,12 +234,12 @@ def test_train_and_export_through_the_command_line(models, tmp_path):
 
 def test_a_model_from_scratch_is_exported(models, tmp_path):
     """No model to take config.json from: one of the family with these layers is written."""
-    from exact_megatron.training import checkpoint
+    from exact_megatron.training import checkpoint_files
 
     source = models / "qwen3_tied"
     megatron = tmp_path / "run"
     save_as_stage(models / "qwen3_tied.megatron", megatron, ["restore_from_path=null"])
-    assert not (megatron / "hf").exists() and checkpoint.find_checkpoint(megatron)
+    assert not (megatron / "hf").exists() and checkpoint_files.find_checkpoint(megatron)
     made = megatron_to_hf(megatron, tmp_path / "hf", quiet=True)
     assert "no tokenizer" in made.remarks[0]
     assert identical(source, tmp_path / "hf")
@@ -250,14 +261,14 @@ def test_the_tokenizer_is_recorded_and_compared(tmp_path):
     from tokenizers.models import WordLevel
 
     from exact_megatron.evaluation.model import Model
-    from exact_megatron.training import checkpoint
+    from exact_megatron.training import checkpoint_files, checkpoint_state
     from exact_megatron.utils.tokenizer import RECORD, identity
 
     source = make("llama3", tmp_path / "source", "float32")
     one, two = (Tokenizer(WordLevel({"a": 0, word: 1}, unk_token="a")) for word in "bc")
     one.save(str(source / "tokenizer.json"))
     made = hf_to_megatron(source, tmp_path / "megatron", quiet=True)
-    state = checkpoint.read_state(checkpoint.find_checkpoint(tmp_path / "megatron"))
+    state = checkpoint_state.read_state(checkpoint_files.find_checkpoint(tmp_path / "megatron"))
     assert not made.remarks and state["tokenizer"]["digest"] == identity(one)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back", quiet=True)
     assert json.loads((tmp_path / "back" / RECORD).read_text()) == {"tokenizer_identity": identity(one)}
@@ -297,8 +308,8 @@ def test_the_tokenizer_is_recorded_and_compared(tmp_path):
         ("llama3", {"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "auto_map="),
         (
             "llama3",
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "rope_scaling=.*yarn.* can be default, linear",
+            {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+            "rope_scaling=.*longrope.* can be default, linear, llama3 or yarn",
         ),
         ("llama3", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling=.*dynamic"),
         ("llama3", {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "llama3 needs low_freq_factor, high"),
@@ -369,7 +380,7 @@ def test_one_conversion_writes_an_output(tmp_path):
     with _whole(tmp_path / "out") as folder:
         assert [path.name for path in folder.iterdir()] == ["run.lock"]
         (folder / "config.json").write_text("{}")
-        other = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True)
+        other = run(["-c", script, str(tmp_path / "out")])
         assert "is in use: a run on host" in other.stderr and "another OUTPUT" in other.stderr
         assert (folder / "config.json").is_file()
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/config.json"]
@@ -417,15 +428,15 @@ def test_exporting_with_another_models_config_is_refused(models, tmp_path):
 
 
 def test_starting_another_model_from_the_weights_is_refused(models):
-    from exact_megatron.training import checkpoint
+    from exact_megatron.training import checkpoint_files, checkpoint_state
     from exact_megatron.training.config import load_config
 
-    path = checkpoint.find_checkpoint(models / "llama3.megatron")
+    path = checkpoint_files.find_checkpoint(models / "llama3.megatron")
 
     def start(*overrides: str, vocab_size: int = 99) -> list[str]:
         settings = ["model.data.data_prefix=[none]", "model.data.seq_length=64", *overrides]
         run = load_config(models / "llama3.megatron" / "model.yaml", settings)
-        return checkpoint.refuse_other_model(checkpoint.read_state(path), run, vocab_size)
+        return checkpoint_state.refuse_other_model(checkpoint_state.read_state(path), run, vocab_size)
 
     assert start() == [] and start("model.kv_channels=null") == []
     assert start("model.rotary_base=7e6") == ["model.rotary_base: 500000.0 there, now 7000000.0"]
@@ -460,6 +471,19 @@ def test_settings_of_transformers_4_and_5_are_read_alike():
     five = model_settings({**sizes, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}})
     assert four == five
     assert four["rotary_base"] == 5e5 and four["rope_scaling"] == LLAMA3
+    original = {key: YARN[key] for key in YARN if key != "original_max_position_embeddings"}
+    defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+    for given in (
+        YARN,
+        YARN | {"beta_fast": None, "attention_factor": None},
+        YARN | {"mscale": 0.5},
+    ):  # as transformers reads them
+        assert model_settings({**sizes, "rope_scaling": given})["rope_scaling"] == YARN | defaults
+    window = sizes["max_position_embeddings"]
+    assert (
+        model_settings({**sizes, "rope_scaling": original})["rope_scaling"]["original_max_position_embeddings"]
+        == window
+    )
     old = {"type": "linear", "factor": 2}
     assert model_settings({**sizes, "rope_scaling": old})["seq_len_interpolation_factor"] == 2.0
 
@@ -467,7 +491,7 @@ def test_settings_of_transformers_4_and_5_are_read_alike():
 def test_a_conversion_holds_a_layer_not_the_model(tmp_path):
     """The most that a conversion of 289 MB of weights adds to the process's own memory, both ways."""
     script = Path(__file__).parents[2] / "distributed" / "run_convert_memory.py"
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=200)
+    done = run([str(script), str(tmp_path)], timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["weights"] > 280e6

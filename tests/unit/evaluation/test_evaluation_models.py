@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from exact_megatron.cli import main
-from exact_megatron.evaluation import nolima, ruler
+from exact_megatron.evaluation import nolima, ruler, ruler_items
 from exact_megatron.evaluation.model import Model, Text
 from exact_megatron.evaluation.store import Metric, Store, read_results
 from tests.helpers import own_items, tiny
@@ -240,7 +240,7 @@ def test_ruler_refuses_what_it_cannot_make(tiny_llama, tmp_path):
         with pytest.raises(ValueError, match=message):
             ruler.run(given, model)
     with pytest.raises(FileNotFoundError, match="lacks hotpotqa.json"):
-        ruler.find_data(str(tmp_path))
+        ruler_items.find_data(str(tmp_path))
 
 
 def test_official_score_of_a_question_needs_one_reference():
@@ -253,7 +253,7 @@ def test_official_score_of_a_question_needs_one_reference():
 
 def test_sentences_are_split_where_they_end():
     text = 'He left. "Why?" she said. It cost 3.50 dollars! Then e.g. nothing happened.'
-    parts = ruler.split_sentences(text)
+    parts = ruler_items.split_sentences(text)
     assert parts == ["He left.", '"Why?" she said.', "It cost 3.50 dollars!", "Then e.g. nothing happened."]
 
 
@@ -268,9 +268,9 @@ def smollm2() -> Path:
 
 @pytest.mark.slow
 def test_ruler_makes_all_tasks_offline_the_same_way_twice(smollm2):
-    data = ruler.find_data(None)
-    for task in ruler.TASKS:
-        two, three = (ruler.documents(task, 2048, n, smollm2, data) for n in (2, 3))
+    data = ruler_items.find_data(None)
+    for task in ruler_items.TASKS:
+        two, three = (ruler_items.make_items(task, 2048, n, smollm2, data) for n in (2, 3))
         assert len(two) == 2 and three[:2] == two, task
         assert all(doc["length"] <= 2048 + 50 and doc["outputs"] for doc in three), task
 

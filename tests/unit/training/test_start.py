@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from exact_megatron.commands.doctor import native_run
-from exact_megatron.training import checkpoint
+from exact_megatron.training import checkpoint_files, checkpoint_state
 from exact_megatron.training.config import load_config
 from exact_megatron.training.data_files import Vocabulary, read_vocabulary
 from exact_megatron.training.start import find_start
@@ -55,11 +55,11 @@ def runs(data, tmp_path):
             path = tmp_path / name / "checkpoints" / f"step_{step:08d}"
             path.mkdir(parents=True)
             identity = Identity(tokenizer, "there")
-            state = checkpoint.describe(run, step, VOCABULARY, **data[1], tokenizer=identity)
+            state = checkpoint_state.describe(run, step, VOCABULARY, **data[1], tokenizer=identity)
             torch.save({"state": state}, path / "common.pt")
             (path / "metadata.json").write_text(json.dumps({**KINDS, "common_backend_version": 1}))
             (path / ".metadata").write_bytes(b"tensors")
-            checkpoint.write_checksums(path)
+            checkpoint_files.write_checksums(path)
         return tmp_path / name
 
     return write

@@ -1,0 +1,1 @@
+"""Paired runs: the same base, data, order and schedule, without and with EXACT."""
