@@ -115,7 +115,7 @@ test-eval: $(VENV_EVAL)/.installed  ## every suite of `evaluate` on SmolLM2-135M
 test-wheel: setup  ## sdist and wheel: what is in them, the wheel in an environment with numpy alone, tests from the sdist
 	$(VENV)/bin/python -m pytest -q -m slow tests/unit/test_wheel.py
 
-gpu-dry-run: setup  ## the scripts of a GPU session with tiny sizes on a CPU, a few minutes
+gpu-dry-run: setup  ## the GPU benchmark and the paired training with tiny sizes on a CPU, a few minutes
 	$(VENV)/bin/python -m pytest -q -m slow tests/gpu
 
 lint: setup

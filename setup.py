@@ -12,8 +12,8 @@ version = re.search(r'__version__ = "(.+)"', (here / "exact_megatron" / "__init_
 extras = {
     # text to .bin/.idx
     "prepare": ["tokenizers>=0.20", "zstandard", "pyarrow", "rich"],
-    # tables and pictures
-    "report": ["matplotlib>=3.7", "rich"],
+    # tables and pictures; scipy: intervals over runs
+    "report": ["matplotlib>=3.7", "rich", "scipy"],
     # the native runner; NVIDIA's apex and transformer-engine come from a container or from source, and are found when there.
     # psutil, six, regex, pyyaml and einops are imported by megatron-core without being declared.
     "train": [

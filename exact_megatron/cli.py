@@ -122,6 +122,15 @@ def _main(given: list[str]) -> int:
     plan.add_arguments(add)
     add.set_defaults(run=plan.run)
 
+    add = commands.add_parser(
+        "study", help="arms x seeds x bases from one YAML, with differences between runs and a page"
+    )
+    add.add_argument("file", help="YAML of the study, for example configs/study.yaml")
+    add.add_argument("--folder", type=_not_empty, help="for data, runs and report, in place of the file's `folder`")
+    add.add_argument("--plan", action="store_true", help="say what would be trained, and train nothing")
+    add.add_argument("--report", action="store_true", help="write the page about the finished runs, and train nothing")
+    add.set_defaults(run=run_study)
+
     add = commands.add_parser("compare", help="baseline and EXACT from the same base checkpoint, with a report")
     _add_run_arguments(add)
     add.add_argument(
@@ -231,6 +240,12 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML, see configs/ (`exact-megatron files` copies it out); given again, the later file wins key by key",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.exact.enabled=true")
+
+
+def run_study(args: argparse.Namespace) -> int:
+    from .study.command import run
+
+    return run(args)
 
 
 def run_compare(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .packing import piece_histogram, stream_tokens
+from .packing import aligned, piece_histogram, stream_tokens
 from .utils.files import writing
 
 
@@ -105,6 +105,8 @@ class ExposureCensus:
             ValueError: the documents do not fill one sample.
         """
         lengths = np.asarray(lengths)
+        if document_index is not None:
+            lengths = aligned(lengths)
         total = stream_tokens(lengths, document_index)
         samples = (total - int(add_extra_token)) // seq_length
         if samples < 1:
@@ -141,7 +143,7 @@ class ExposureCensus:
         """Census of all whole samples of a (built) GPTDataset; `chosen` is bool[samples] in packed order, before the shuffle."""
         if dataset.document_index is None:  # defer_npy_index_mmap: loaded at the first query
             dataset._query_document_sample_shuffle_indices(0)
-        lengths = dataset.dataset.sequence_lengths
+        lengths = aligned(dataset.dataset.sequence_lengths)
         order = dataset.document_index
         seq_length = dataset.config.sequence_length
         extra = bool(dataset.config.add_extra_token_to_sequence)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -30,20 +31,31 @@ _DTYPES = {
 }
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+SETTLED_SECONDS = 1.0  # after a change of a file; the clocks of file systems tick more often than that
 _REMEDY = "copy the .idx and the .bin again, or prepare the data again"
 
 
 @dataclass(frozen=True)
 class TokenIndex:
-    """What a .idx file says: lengths int32[sequences] in tokens (memory-mapped), the token dtype, the prefix it came from."""
+    """What a .idx file says.
+
+    Attributes:
+        prefix: the prefix it came from.
+        lengths: int32[sequences], tokens; memory-mapped where the file was checked before.
+        dtype: of a token.
+        documents: how many there are.
+        several: the first document of several sequences, in words; None: each is one or none.
+    """
 
     prefix: str
     lengths: np.ndarray
     dtype: np.dtype
+    documents: int
+    several: str | None
 
 
 def read_index(prefix: str, whole_documents: bool = True) -> TokenIndex:
-    """Open `prefix`.idx and check all of it against `prefix`.bin, reading no token.
+    """Open `prefix`.idx and check all of it against `prefix`.bin, reading no token; once, as long as the two files do not change.
 
     Args:
         prefix: common prefix of the two files.
@@ -64,8 +76,28 @@ def read_index(prefix: str, whole_documents: bool = True) -> TokenIndex:
                 f"{path} does not exist{beside}: give the common prefix of a Megatron .bin/.idx pair, "
                 f"as `exact-megatron prepare --output {prefix}` writes it"
             )
-    size = os.path.getsize(idx)
-    with open(idx, "rb") as stream:
+    facts = os.stat(idx), os.stat(bin_)
+    key = (idx, *((f.st_dev, f.st_ino, f.st_size, f.st_mtime_ns, f.st_ctime_ns) for f in facts))
+    index = _checked.get(key)
+    if index is None:
+        index = _read(prefix)
+        # A file that was written just now may change again without another time.
+        if time.time() - max(max(f.st_mtime, f.st_ctime) for f in facts) > SETTLED_SECONDS:
+            mapped = np.memmap(idx, dtype=np.int32, mode="r", offset=_HEADER.size, shape=index.lengths.shape)
+            _checked[key] = replace(index, lengths=mapped)
+    if whole_documents:
+        _refuse_several(idx, len(index.lengths), index.documents, index.several)
+    return index
+
+
+_checked: dict[tuple[Any, ...], TokenIndex] = {}
+
+
+def _read(prefix: str) -> TokenIndex:
+    """Read and check `prefix`.idx; the lengths are in memory."""
+    idx, bin_ = prefix + ".idx", prefix + ".bin"
+    with open(idx, "rb", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
         head = stream.read(_HEADER.size)
     if len(head) < _HEADER.size or not head.startswith(_MAGIC):
         raise ValueError(f"{idx} is not a Megatron index (it starts with {head[:9]!r}): prepare the data again")
@@ -87,37 +119,42 @@ def read_index(prefix: str, whole_documents: bool = True) -> TokenIndex:
     if sequences == 0:
         raise ValueError(f"{idx} holds no sequence: there is nothing to train on")
 
-    bin_size = os.path.getsize(bin_)
     with open(idx, "rb", buffering=0) as stream:
-        lengths = _Entries(stream.fileno(), np.int32, _HEADER.size, sequences)
-        pointers = _Entries(stream.fileno(), np.int64, _HEADER.size + sequences * 4, sequences)
-        index = _Entries(stream.fileno(), np.int64, _HEADER.size + sequences * 12, documents)
-        check_index(prefix, lengths, pointers, index, dtype, bin_size, whole_documents)
-    mapped = np.memmap(idx, dtype=np.int32, mode="r", offset=_HEADER.size, shape=(sequences,))
-    return TokenIndex(prefix, mapped, dtype)
+        tokens = np.empty(sequences, np.int32)
+        lengths = _Entries(stream.fileno(), _HEADER.size, sequences, tokens)
+        pointers = _Entries(stream.fileno(), _HEADER.size + sequences * 4, sequences)
+        index = _Entries(stream.fileno(), _HEADER.size + sequences * 12, documents)
+        several = check_index(prefix, lengths, pointers, index, dtype, os.path.getsize(bin_), whole_documents=False)
+    return TokenIndex(prefix, tokens, dtype, documents - 1, several)
 
 
+@dataclass(frozen=True)
 class _Entries:
-    """An array in a file, read slice by slice into one buffer: a memory map would fault page by page and stay resident.
+    """An array in a file, read part by part: a memory map would fault page by page, stay resident, and not be aligned.
 
-    A slice is valid until the next one is taken.
+    Where `kept` is given, the parts stay there.
     """
 
-    def __init__(self, file: int, kind: type, offset: int, count: int) -> None:
-        self._file, self._offset, self._count = file, offset, count
-        self._buffer: np.ndarray = np.empty(0, kind)
+    file: int
+    offset: int
+    count: int
+    kept: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
-    def __getitem__(self, part: slice) -> np.ndarray:
-        start, stop, _ = part.indices(self._count)
-        if len(self._buffer) < stop - start:
-            self._buffer = np.empty(stop - start, self._buffer.dtype)
-        found = self._buffer[: stop - start]
-        if os.preadv(self._file, [found.data.cast("B")], self._offset + start * found.itemsize) != found.nbytes:
-            raise OSError("the .idx became shorter while it was read")
-        return found
+
+def _load(source: np.ndarray | _Entries, first: int, stop: int, buffer: np.ndarray) -> np.ndarray:
+    """source[first:stop], in `buffer` or where it is kept."""
+    part = buffer[: stop - first]
+    if isinstance(source, np.ndarray):
+        part[:] = source[first:stop]
+        return part
+    if source.kept is not None:
+        part = source.kept[first:stop]
+    if os.preadv(source.file, [part.data.cast("B")], source.offset + first * part.itemsize) != part.nbytes:
+        raise OSError("the .idx became shorter while it was read")
+    return part
 
 
 def check_index(
@@ -128,8 +165,8 @@ def check_index(
     dtype: np.dtype,
     size: int | None,
     whole_documents: bool = True,
-    chunk: int = 1 << 15,
-) -> None:
+    chunk: int = 1 << 17,
+) -> str | None:
     """Check in one pass that the three arrays of a .idx describe a .bin.
 
     What megatron/core/datasets/indexed_dataset.py (IndexedDatasetBuilder) can write is accepted: sequences of no token, and
@@ -145,7 +182,10 @@ def check_index(
         size: bytes of the .bin; None where that is not known (object storage).
         whole_documents: refuse documents of several sequences (text split into sentences): Megatron packs sequences and shuffles
             them, so that effective contexts and masks would end inside documents.
-        chunk: entries held at once.
+        chunk: entries that a thread holds at once.
+
+    Returns:
+        The first document of several sequences, in words; None where there is none.
 
     Raises:
         ValueError: a length below 0, a pointer that is not the running sum of the lengths, a .bin of another size, a document
@@ -153,72 +193,131 @@ def check_index(
             named, with the values found and expected.
     """
     idx = prefix + ".idx"
-    with ThreadPoolExecutor(1) as pool:  # most of the time is that of copying memory, in which threads run at once
-        later = pool.submit(_check_documents, idx, documents, len(lengths), chunk)
-        total = _check_sequences(idx, lengths, pointers, dtype, chunk)
-        if size is not None and size != total:
-            raise ValueError(
-                f"{prefix}.bin has {size} bytes where {idx} describes {total} ({len(lengths)} sequences, {dtype} tokens): one of the "
-                f"two is truncated or belongs to other data; {_REMEDY}"
-            )
-        if total == 0:
-            raise ValueError(f"{idx} holds {len(lengths)} sequences and no token: there is nothing to train on")
-        several = later.result()
-    if whole_documents and several is not None:
+    count = len(lengths)
+    threads = min(4, len(os.sched_getaffinity(0)))  # numpy and reading run at once
+
+    def parts(entries: int) -> list[tuple[int, int]]:
+        step = chunk * max(1, -(-entries // (chunk * threads)))
+        return [(first, min(first + step, entries)) for first in range(0, entries, step)]
+
+    with ThreadPoolExecutor(threads) as pool:
+        sequence_parts = [
+            pool.submit(_scan_sequences, lengths, pointers, dtype.itemsize, *part, chunk) for part in parts(count)
+        ]
+        document_parts = [pool.submit(_scan_documents, documents, *part, chunk) for part in parts(len(documents))]
+    for scanned in sequence_parts:
+        if (wrong := scanned.result()) is not None:
+            _refuse_sequences(idx, lengths, pointers, dtype, wrong, chunk)
+    total = 0
+    if count:
+        begin = _load(pointers, count - 1, count, np.empty(1, np.int64))
+        total = int(begin[0]) + dtype.itemsize * int(_load(lengths, count - 1, count, np.empty(1, np.int32))[0])
+    if size is not None and size != total:
         raise ValueError(
-            f"{idx} holds {len(lengths)} sequences in {len(documents) - 1} documents ({several}): Megatron packs and shuffles sequences, "
+            f"{prefix}.bin has {size} bytes where {idx} describes {total} ({count} sequences, {dtype} tokens): one of the "
+            f"two is truncated or belongs to other data; {_REMEDY}"
+        )
+    if total == 0:
+        raise ValueError(f"{idx} holds {count} sequences and no token: there is nothing to train on")
+    if len(documents) < 2:
+        raise ValueError(
+            f"{idx} is damaged: its document index has {len(documents)} entries, expected 0, ..., {count}; {_REMEDY}"
+        )
+    found = [scanned.result() for scanned in document_parts]
+    wrong = next((wrong for wrong, _ in found if wrong is not None), None)
+    last = len(documents) - 1
+    ends = [int(_load(documents, at, at + 1, np.empty(1, np.int64))[0]) for at in (0, last)]
+    if ends[0] != 0:
+        _refuse(idx, "document index", 0, ends[0], "0")
+    if wrong is not None:
+        before, after = _load(documents, wrong - 1, wrong + 1, np.empty(2, np.int64)).tolist()
+        _refuse(idx, "document index", wrong, after, f"{before} or more, as the entry before it")
+    if ends[1] != count:
+        _refuse(idx, "document index", last, ends[1], f"{count}, the number of sequences")
+    several = next((several for _, several in found if several is not None), None)
+    if whole_documents:
+        _refuse_several(idx, count, last, several)
+    return several
+
+
+def _refuse_several(idx: str, sequences: int, documents: int, several: str | None) -> None:
+    if several is not None:
+        raise ValueError(
+            f"{idx} holds {sequences} sequences in {documents} documents ({several}): Megatron packs and shuffles sequences, "
             "so that effective contexts and document masks would end inside documents. Prepare the data with one sequence a document, "
             "as `exact-megatron prepare` and Megatron-LM's preprocess_data.py without --split-sentences write them, or train without "
             "EXACT and without document masking"
         )
 
 
-def _check_sequences(
-    idx: str, lengths: np.ndarray | _Entries, pointers: np.ndarray | _Entries, dtype: np.dtype, chunk: int
-) -> int:
-    """Bytes of all sequences."""
-    total = 0
-    for first in range(0, len(lengths), chunk):
-        tokens = lengths[first : first + chunk]
-        begin = pointers[first : first + chunk]
-        end = np.multiply(tokens, dtype.itemsize, dtype=np.int64)
-        end += begin
-        if begin[0] != total or tokens.min() < 0 or not np.array_equal(end[:-1], begin[1:]):
-            expected = np.append(total, end[:-1])
-            at = int(np.argmax((tokens < 0) | (begin != expected)))
-            if begin[at] != expected[at]:
-                where = f"{expected[at]}, the bytes of the {dtype} tokens before it"
-                _refuse(idx, "sequence pointers", first + at, begin[at], where)
-            _refuse(idx, "sequence lengths", first + at, tokens[at], "0 or more")
-        total = int(end[-1])
-    return total
+def _scan_sequences(
+    lengths: np.ndarray | _Entries, pointers: np.ndarray | _Entries, itemsize: int, start: int, stop: int, chunk: int
+) -> int | None:
+    """Where the first chunk of the entries start..stop begins that has a wrong length or pointer.
+
+    Each pointer is compared with the one before it, the first one with 0; a difference that overflows is right modulo 2^64, as its
+    sum is.
+    """
+    count = len(lengths)
+    tokens_buffer = np.empty(chunk, np.int32)
+    begin_buffer = np.empty(chunk + 1, np.int64)
+    bytes_buffer = np.empty(chunk, np.int64)
+    step_buffer = np.empty(chunk, np.int64)
+    equal_buffer = np.empty(chunk, bool)
+    for first in range(start, stop, chunk):
+        end = min(first + chunk, stop)
+        tokens = _load(lengths, first, end, tokens_buffer)
+        begin = _load(pointers, first, min(end + 1, count), begin_buffer)
+        steps = len(begin) - 1
+        expected = bytes_buffer[:steps]
+        np.copyto(expected, tokens[:steps])
+        np.multiply(expected, itemsize, out=expected)
+        step = np.subtract(begin[1:], begin[:-1], out=step_buffer[:steps])
+        same = np.equal(step, expected, out=equal_buffer[:steps])
+        if (first == 0 and begin[0] != 0) or tokens.min() < 0 or not same.all():
+            return first
+    return None
 
 
-def _check_documents(idx: str, documents: np.ndarray | _Entries, count: int, chunk: int) -> str | None:
-    """The first document of several of the `count` sequences, in words."""
-    last = len(documents) - 1
-    if last < 1:
-        raise ValueError(
-            f"{idx} is damaged: its document index has {last + 1} entries, expected 0, ..., {count}; {_REMEDY}"
-        )
-    several, before = None, 0
-    for first in range(0, last + 1, chunk):
-        begin = documents[first : first + chunk]
-        if first == 0 and begin[0] != 0:
-            _refuse(idx, "document index", 0, begin[0], "0")
-        if begin[0] != before + (first > 0) or not (begin[1:] - begin[:-1] == 1).all():
-            step = np.diff(begin, prepend=before)
-            if step.min() < 0:
-                at = int(np.argmax(step < 0))
-                expected = f"{begin[at] - step[at]} or more, as the entry before it"
-                _refuse(idx, "document index", first + at, begin[at], expected)
-            if several is None and step.max() > 1:
-                at = int(np.argmax(step > 1))
-                several = f"document {first + at - 1} is sequences {begin[at] - step[at]} to {begin[at] - 1}"
-        before = int(begin[-1])
-    if before != count:
-        _refuse(idx, "document index", last, before, f"{count}, the number of sequences")
-    return several
+def _refuse_sequences(
+    idx: str, lengths: np.ndarray | _Entries, pointers: np.ndarray | _Entries, dtype: np.dtype, first: int, chunk: int
+) -> NoReturn:
+    """Name the first wrong entry from `first` on; those before it are right."""
+    end = min(first + chunk + 1, len(lengths))
+    tokens = _load(lengths, first, end, np.empty(end - first, np.int32))
+    begin = _load(pointers, first, end, np.empty(end - first, np.int64))
+    expected = begin[:-1] + tokens[:-1].astype(np.int64) * dtype.itemsize
+    expected = np.concatenate([begin[:1] if first else [0], expected])
+    at = int(np.argmax((tokens < 0) | (begin != expected)))
+    if begin[at] != expected[at]:
+        where = f"{expected[at]}, the bytes of the {dtype} tokens before it"
+        _refuse(idx, "sequence pointers", first + at, begin[at], where)
+    _refuse(idx, "sequence lengths", first + at, tokens[at], "0 or more")
+
+
+def _scan_documents(
+    documents: np.ndarray | _Entries, start: int, stop: int, chunk: int
+) -> tuple[int | None, str | None]:
+    """Of the entries start..stop and the one after them: the first that is below the one before it, and the first document of
+    several sequences, in words."""
+    several = None
+    begin_buffer = np.empty(chunk + 1, np.int64)
+    rises_buffer = np.empty(chunk, bool)
+    for first in range(start, stop, chunk):
+        end = min(first + chunk + 1, stop + 1, len(documents))
+        begin = _load(documents, first, end, begin_buffer)
+        rises = np.greater(begin[1:], begin[:-1], out=rises_buffer[: len(begin) - 1])
+        # Numbers that rise by as much as there are steps rise by one each.
+        if rises.all() and int(begin[-1]) - int(begin[0]) == len(rises):
+            continue
+        falls = begin[1:] < begin[:-1]
+        if falls.any():
+            return first + 1 + int(np.argmax(falls)), several
+        step = np.diff(begin)
+        if several is None and step.max() > 1:
+            at = int(np.argmax(step > 1))
+            several = f"document {first + at} is sequences {begin[at]} to {begin[at + 1] - 1}"
+    return None, several
 
 
 def _refuse(idx: str, array: str, entry: int, found: int, expected: str) -> NoReturn:
@@ -276,6 +375,7 @@ def misplaced_sample(
     """
     if int(document_index.max(initial=0)) >= len(lengths):
         return 0
+    lengths = aligned(lengths)
     offset = 0
     for first in range(0, len(document_index), chunk):
         size = lengths.take(document_index[first : first + chunk]).astype(np.int64)
@@ -309,6 +409,7 @@ def reaching_samples(
         bool[samples], in packed order.
     """
     reach = np.zeros(len(sample_index) - 1, bool)
+    lengths = aligned(lengths)
     for start in range(0, len(reach), chunk):
         index = np.array(sample_index[start : start + chunk + 1], np.int64)
         first, last, end = index[:-1, 0], index[1:, 0], index[1:, 1]
@@ -338,8 +439,14 @@ class PieceHistogram:
     closing: int
 
 
+def aligned(lengths: np.ndarray) -> np.ndarray:
+    """Lengths to `take` from: mapped from a .idx they are not aligned, and each `take` would copy all of them."""
+    return np.require(lengths, requirements="A")
+
+
 def _chunks(lengths: np.ndarray, document_index: np.ndarray | None, chunk: int) -> Iterator[np.ndarray]:
     """Yield document lengths in packed order, at most `chunk` at a time."""
+    lengths = lengths if document_index is None else aligned(lengths)
     total = len(lengths) if document_index is None else len(document_index)
     for start in range(0, total, chunk):
         part = slice(start, start + chunk)

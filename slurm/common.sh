@@ -16,6 +16,8 @@ trap 'say "${BASH_SOURCE[0]##*/}:$LINENO ends with exit code $?: $BASH_COMMAND" 
 : "${RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}"
 export PYTHON SETUP RANKS_PER_NODE
 readonly REFUSED=2 # exit code of exact-megatron for input that no second try makes better
+# shellcheck disable=SC2016 # expanded on the node
+readonly ONE_PROCESS='[ -z "$SETUP" ] || source "$SETUP"; exec "$PYTHON" "$@"'
 
 say() { printf '%s slurm: %s\n' "$(date '+%F %T')" "$*"; }
 
@@ -75,7 +77,7 @@ wait_for() {
 check_folder() {
     local dir=$1 so_far=$2 probe free error
     error=$(mkdir -p "$dir" 2>&1) || refuse "cannot make the folder $dir: $error. $so_far; give another folder for the run"
-    probe=$dir/.probe.$SLURM_JOB_ID
+    probe=$dir/.probe.${SLURM_JOB_ID:-$$}
     error=$( (head -c 65536 /dev/zero >"$probe") 2>&1) || {
         rm -f "$probe"
         refuse "cannot write to $dir: $error. $so_far; free space or quota there, or give another folder for the run"
@@ -119,13 +121,17 @@ step_command() {
         --container-mounts="$PWD:$PWD,$run:$run,$SCRIPTS:$SCRIPTS${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
 }
 
-# run_once FOLDER ARGUMENT...: `$PYTHON ARGUMENT...` as one process on the first node.
+# run_once FOLDER ARGUMENT...: `$PYTHON ARGUMENT...` as one process, on the first node of the job, or here without a job.
 run_once() {
-    local command
-    step_command "$1"
+    local command=()
+    if [ -n "${SLURM_JOB_ID:-}" ]; then
+        step_command "$1"
+        command+=(--nodes=1 --ntasks=1)
+    elif [ -n "$CONTAINER_IMAGE" ]; then
+        refuse "CONTAINER_IMAGE is for Slurm with pyxis. Without Slurm start this script inside the container, and unset CONTAINER_IMAGE"
+    fi
     shift
-    # shellcheck disable=SC2016 # expanded on the node
-    "${command[@]}" --nodes=1 --ntasks=1 bash -c '[ -z "$SETUP" ] || source "$SETUP"; exec "$PYTHON" "$@"' - "$@"
+    "${command[@]}" bash -c "$ONE_PROCESS" - "$@"
 }
 
 # All steps, not this shell. Again and again, since a step that is just starting does not hear it; node.sh listens once.

@@ -16,18 +16,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' tensors are small, a
 @pytest.fixture
 def write_corpus(tmp_path: Path):
     """write_corpus(lengths, name="x", tokens=None) -> prefix; by default the token ids are positions in the corpus."""
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    from tests.helpers.tiny import write_documents
 
     def write(lengths: np.ndarray, name: str = "x", tokens: np.ndarray | None = None, dtype: type = np.int32) -> str:
-        prefix = str(tmp_path / name)
         stream = np.arange(int(lengths.sum())) if tokens is None else tokens
-        builder = IndexedDatasetBuilder(prefix + ".bin", dtype=dtype)
-        start = 0
-        for length in lengths:
-            builder.add_document(torch.from_numpy(stream[start : start + length].astype(np.int64)), [int(length)])
-            start += int(length)
-        builder.finalize(prefix + ".idx")
-        return prefix
+        documents = (stream[end - n : end] for n, end in zip(lengths, np.cumsum(lengths)))
+        return write_documents(tmp_path / name, documents, dtype)
 
     return write
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path):
+    """A process group of this process: megatron.core's BlendedDataset asks for the rank when it caches."""
+    import torch
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    yield
+    torch.distributed.destroy_process_group()

@@ -33,6 +33,7 @@ from torch import Tensor
 from .boundaries import DocumentBoundaries, chunk_plan, document_boundaries, whole_samples
 from .context_parallel import GatherSpans, LocalKV, ToHeads, ToSequence
 from .kernels import KERNEL_FUNCTIONS, KERNELS, kernel_name
+from .multi_token_prediction import roll_within_documents
 from .supported import COMM_TYPES, check_supported
 
 MODES = ("auto", "ulysses", "gather")
@@ -77,6 +78,8 @@ class DocumentAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         check_supported(config)
+        if getattr(config, "mtp_num_layers", None):
+            roll_within_documents()
         self._check_causal(attn_mask_type)
         self.layer_number = max(1, layer_number)
         self.softmax_scale = softmax_scale

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .boundaries import Lengths
+from .supported import DETERMINISTIC_LIMIT
 
 KERNELS = ("auto", "te", "varlen", "sdpa")
 
@@ -79,8 +80,42 @@ def te_module(heads: int, kv_heads: int, channels: int, scale: float | None) -> 
     )
 
 
+def deterministic_groups(nq: Lengths, nk: Lengths, heads: int) -> list[slice]:
+    """Neighbouring documents, as many in a group as stay below DETERMINISTIC_LIMIT; a document that does not is alone."""
+    groups = [slice(0, 1)]
+    for i in range(1, len(nq)):
+        start = groups[-1].start
+        size = (i + 1 - start) * heads * max(nq[start : i + 1]) * max(nk[start : i + 1])
+        if size < DETERMINISTIC_LIMIT:
+            groups[-1] = slice(start, i + 1)
+        else:
+            groups.append(slice(i, i + 1))
+    return groups
+
+
 def _te(q: Tensor, k: Tensor, v: Tensor | None, nq: Lengths, nk: Lengths, scale: float | None) -> list[Tensor]:
     """Transformer Engine (CUDA, half precision); the mask of gather needs cuDNN >= 9.7 or flash-attn."""
+    if not torch.are_deterministic_algorithms_enabled() or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return [_te_call(q, k, v, nq, nk, scale)]
+    groups = deterministic_groups(nq, nk, q.size(1))
+    if len(groups) == 1:
+        return [_te_call(q, k, v, nq, nk, scale)]
+    tokens_q, tokens_k = ([sum(lengths[group]) for group in groups] for lengths in (nq, nk))
+    # Copies, since Transformer Engine rejects parts that do not start at 0; what is declared to be interleaved may.
+    parts_q = [part.clone(memory_format=torch.contiguous_format) for part in q.split(tokens_q)]
+    parts_k = k.split(tokens_k)
+    parts_v: Sequence[Tensor | None] = [None] * len(groups)
+    if v is not None:
+        parts_k, parts_v = (
+            [part.clone(memory_format=torch.contiguous_format) for part in t.split(tokens_k)] for t in (k, v)
+        )
+    return [
+        _te_call(part_q, part_k, part_v, nq[group], nk[group], scale)
+        for part_q, part_k, part_v, group in zip(parts_q, parts_k, parts_v, groups, strict=True)
+    ]
+
+
+def _te_call(q: Tensor, k: Tensor, v: Tensor | None, nq: Lengths, nk: Lengths, scale: float | None) -> Tensor:
     module = te_module(q.size(1), k.size(-2), q.size(2), scale)
     if v is None and "kv_layer" not in _arguments(type(module).forward):  # older versions: copies start at offset 0
         k, v = (t.clone(memory_format=torch.contiguous_format) for t in k.unbind(1))
@@ -99,7 +134,7 @@ def _te(q: Tensor, k: Tensor, v: Tensor | None, nq: Lengths, nk: Lengths, scale:
         max_seqlen_kv=max(nk),
         attn_mask_type=mask,
     )
-    return [out.view(q.shape)]
+    return out.view(q.shape)
 
 
 KERNEL_FUNCTIONS: dict[str, Callable[..., list[Tensor]]] = {"te": _te, "varlen": _varlen, "sdpa": _sdpa}

@@ -7,22 +7,99 @@ import importlib.metadata
 import re
 from typing import Any
 
+from ..refusals import Row, is_above_1, is_set, reasons
+
+# Documents x heads x longest query x longest key of a call: from here on Transformer Engine gives a deterministic backward of packed
+# documents on Hopper to no cuDNN of any version (2.20.2, attention/dot_product_attention/utils.py, SM90_DET_FUSED_THD_BWD_MAX_BHSS).
+DETERMINISTIC_LIMIT = 1 << 30
+
 # Megatron's words for the exchanges. p2p, a ring, is what Megatron-LM has where nothing was asked for.
 COMM_TYPES = {None: "auto", "p2p": "auto", "a2a": "ulysses", "all_gather": "gather"}
 
-_REFUSED = {
-    "multi_latent_attention": "use multi-head or grouped-query attention",
-    "experimental_attention_variant": "unset it",
-    "is_hybrid_model": "state-space layers carry their state across documents",
-    "window_size": "sliding windows are not built, unset it",
-    "attention_dropout": "set it to 0.0",
-    "softmax_type": "use 'vanilla'",
-    "qk_clip log_max_attention_logit": "the kernels return no logits, unset it",
-    "fp8_dot_product_attention fp8_multi_head_attention": "unset it, fp8 linear layers are fine",
-    "mtp_num_layers": "multi-token prediction rolls labels by cu_seqlens as if the batch were thd, unset it",
-    "hybrid_context_parallel": "use context_parallel_size alone",
-    "cuda_graph_impl enable_cuda_graph external_cuda_graph": "a graph keeps its first boundaries, unset it",
-}
+
+def _unset(name: str, remedy: str) -> Row:
+    return Row(name, is_set, lambda value: f"{name}={value!r}: {remedy}")
+
+
+def _kinds(comm: Any) -> list[Any]:
+    """The different exchanges of cp_comm_type, which is one for all layers or one a layer."""
+    return list(dict.fromkeys(comm if isinstance(comm, (list, tuple)) else [comm]))
+
+
+def _unknown(comm: Any) -> list[Any]:
+    return [kind for kind in _kinds(comm) if kind not in COMM_TYPES]
+
+
+def _kv_heads(tp: int | None, groups: int | None, heads: int | None) -> int:
+    """Of a tensor-parallel rank."""
+    return max(1, (groups or heads or 1) // (tp or 1))
+
+
+# What DocumentAttention would compute wrongly or not at all. `window` is the sequence length S where that is known.
+ATTENTION = (
+    _unset("multi_latent_attention", "use multi-head or grouped-query attention"),
+    _unset("experimental_attention_variant", "unset it"),
+    _unset("is_hybrid_model", "state-space layers carry their state across documents"),
+    _unset("window_size", "sliding windows are not built, unset it"),
+    _unset("attention_dropout", "set it to 0.0"),
+    Row("softmax_type", lambda v: v not in (None, "vanilla"), lambda v: f"softmax_type={v!r}: use 'vanilla'"),
+    _unset("qk_clip", "the kernels return no logits, unset it"),
+    _unset("log_max_attention_logit", "the kernels return no logits, unset it"),
+    _unset("fp8_dot_product_attention", "unset it, fp8 linear layers are fine"),
+    _unset("fp8_multi_head_attention", "unset it, fp8 linear layers are fine"),
+    _unset("mtp_hsm", "it rolls hidden states by cu_seqlens as if the batch were thd, unset it"),
+    _unset("hybrid_context_parallel", "use context_parallel_size alone"),
+    _unset("cuda_graph_impl", "a graph keeps its first boundaries, unset it"),
+    _unset("enable_cuda_graph", "a graph keeps its first boundaries, unset it"),
+    _unset("external_cuda_graph", "a graph keeps its first boundaries, unset it"),
+    Row(
+        "context_parallel_size fused_single_qkv_rope",
+        lambda cp, fused: is_above_1(cp) and fused,
+        lambda cp, fused: f"fused_single_qkv_rope={fused!r}: its RoPE does not know context parallelism, unset it",
+    ),
+    Row(
+        "window context_parallel_size",
+        lambda window, cp: window is not None and is_above_1(cp) and window % (2 * cp),
+        lambda window, cp: f"seq_length={window} with context_parallel_size={cp}: use a multiple of {2 * cp}",
+    ),
+    Row(
+        "window context_parallel_size tensor_model_parallel_size sequence_parallel",
+        lambda window, cp, tp, sp: (
+            window is not None and sp and not (is_above_1(cp) and window % (2 * cp)) and window // (cp or 1) % (tp or 1)
+        ),
+        lambda window, cp, tp, sp: (
+            f"sequence_parallel=True with {window}/{cp or 1} tokens a rank (seq_length/cp): use a "
+            f"seq_length that leaves a multiple of tensor_model_parallel_size={tp or 1}"
+        ),
+    ),
+    Row(
+        "context_parallel_size cp_comm_type",
+        lambda cp, comm: is_above_1(cp) and _unknown(comm),
+        lambda cp, comm: f"cp_comm_type={', '.join(map(repr, _unknown(comm)))}: use a2a or all_gather, or leave it out",
+    ),
+    Row(
+        "context_parallel_size cp_comm_type tensor_model_parallel_size num_query_groups num_attention_heads",
+        lambda cp, comm, *heads: is_above_1(cp) and "a2a" in _kinds(comm) and _kv_heads(*heads) % cp,
+        lambda cp, comm, *heads: (
+            f"cp_comm_type='a2a': {_kv_heads(*heads)} KV heads of a tensor-parallel rank do not divide by "
+            f"context_parallel_size={cp}, use all_gather or leave it out"
+        ),
+    ),
+)
+
+# Losses whose backward does not weight targets one by one, whoever masks documents. Transformer Engine's fused cross entropy
+# (transformer_engine/pytorch/triton/cross_entropy.py: element_mul_kernel) gives all targets the gradient of the first in 2.2 to 2.7, and
+# reads a gradient that is not contiguous as if it were in 2.8 to 2.10.
+LOSS = (
+    Row(
+        "cross_entropy_loss_fusion cross_entropy_fusion_impl",
+        lambda fused, kind: fused and kind == "te" and not _weights_each_target(transformer_engine_version()),
+        lambda fused, kind: (
+            f"cross_entropy_fusion_impl='te' with Transformer Engine {transformer_engine_version() or 'that is not found here'}: before "
+            "2.11 its fused cross entropy gives targets the weights of others. Use 'native', or a newer one"
+        ),
+    ),
+)
 
 
 def unsupported(config: Any, seq_length: int | None = None) -> list[str]:
@@ -32,56 +109,16 @@ def unsupported(config: Any, seq_length: int | None = None) -> list[str]:
         config: TransformerConfig of any megatron-core version, or Megatron-LM's arguments; a field that it lacks counts as unset.
         seq_length: S, to check what it must divide by; None leaves that out.
     """
-    cp, tp = (getattr(config, f"{n}_parallel_size", None) or 1 for n in ("context", "tensor_model"))
-    asked = [(name, remedy) for names, remedy in _REFUSED.items() for name in names.split()]
-    if cp > 1:
-        asked.append(("fused_single_qkv_rope", "its RoPE does not know context parallelism, unset it"))
-    values = [(name, getattr(config, name, None), remedy) for name, remedy in asked]
-    off = (None, False, 0, "none", "vanilla")
-    found = [f"{name}={value!r}: {remedy}" for name, value, remedy in values if value not in off]
-    if seq_length is not None and cp > 1 and seq_length % (2 * cp):
-        found.append(f"seq_length={seq_length} with context_parallel_size={cp}: use a multiple of {2 * cp}")
-    elif seq_length is not None and getattr(config, "sequence_parallel", False) and seq_length // cp % tp:
-        found.append(
-            f"sequence_parallel=True with {seq_length}/{cp} tokens a rank (seq_length/cp): use a "
-            f"seq_length that leaves a multiple of tensor_model_parallel_size={tp}"
-        )
-    comm = getattr(config, "cp_comm_type", None)
-    for kind in dict.fromkeys(comm if isinstance(comm, (list, tuple)) else [comm]) if cp > 1 else ():
-        heads = max(
-            1, (getattr(config, "num_query_groups", None) or getattr(config, "num_attention_heads", None) or 1) // tp
-        )
-        if kind not in COMM_TYPES:
-            found.append(f"cp_comm_type={kind!r}: use a2a or all_gather, or leave it out")
-        elif COMM_TYPES[kind] == "ulysses" and heads % cp:
-            found.append(
-                f"cp_comm_type='a2a': {heads} KV heads of a tensor-parallel rank do not divide by "
-                f"context_parallel_size={cp}, use all_gather or leave it out"
-            )
-    return found
+    return reasons(ATTENTION, {"window": seq_length}, config)
 
 
 def unsupported_loss(config: Any) -> list[str]:
-    """Losses whose backward does not weight targets one by one, whoever masks documents; empty is fine.
+    """Losses that would be weighted wrongly, with the remedy; empty is fine. `config` is as in `unsupported`."""
+    return reasons(LOSS, config)
 
-    Transformer Engine's fused cross entropy (transformer_engine/pytorch/triton/cross_entropy.py: element_mul_kernel) gives all targets
-    the gradient of the first in 2.2 to 2.7, and reads a gradient that is not contiguous as if it were in 2.8 to 2.10.
 
-    Args:
-        config: as in `unsupported`.
-    """
-    if (
-        not getattr(config, "cross_entropy_loss_fusion", False)
-        or getattr(config, "cross_entropy_fusion_impl", None) != "te"
-    ):
-        return []
-    found = transformer_engine_version()
-    if found and tuple(map(int, found.split(".")[:2])) >= (2, 11):
-        return []
-    return [
-        f"cross_entropy_fusion_impl='te' with Transformer Engine {found or 'that is not found here'}: before 2.11 its fused cross "
-        "entropy gives targets the weights of others. Use 'native', or a newer one"
-    ]
+def _weights_each_target(transformer_engine: str | None) -> bool:
+    return bool(transformer_engine) and tuple(map(int, str(transformer_engine).split(".")[:2])) >= (2, 11)
 
 
 def transformer_engine_version() -> str | None:

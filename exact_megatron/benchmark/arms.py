@@ -109,13 +109,13 @@ def prove_arms(exact: Arm, baseline: Arm, batch: int, unmasked: Arm | None = Non
         samples = range(first, first + batch)
         own, other = fingerprint(exact, samples), fingerprint(baseline, samples)
         where = f"samples {first} to {first + batch - 1}"
-        _refuse_unweighted(own)
-        _refuse_weighted(other, "baseline", where)
+        _reject_unweighted(own)
+        _reject_weighted(other, "baseline", where)
         if own["tokens"] != other["tokens"]:
             raise _vacuous(f"the arms read different tokens in {where}: give both the same data, seed and batch sizes")
         if unmasked is not None:
             third = fingerprint(unmasked, samples)
-            _refuse_weighted(third, "causal", where)
+            _reject_weighted(third, "causal", where)
             if third["tokens"] != other["tokens"] or third["segments"] is not None or other["segments"] is None:
                 raise _vacuous(f"the arm without document masks has other tokens or has boundaries in {where}")
         difference = float(np.abs(own["weights"] - other["weights"]).max())
@@ -153,7 +153,7 @@ def _vacuous(problem: str) -> ExactError:
     return ExactError(f"EXACT and baseline cannot be compared: {problem}")
 
 
-def _refuse_unweighted(found: dict[str, Any]) -> None:
+def _reject_unweighted(found: dict[str, Any]) -> None:
     if found["weight table"] is None:
         raise _vacuous("the data of the arm exact have no weight table: set model.exact.enabled=true in this arm")
     if found["loss"] != found["weight table"]:
@@ -170,7 +170,7 @@ def _refuse_unweighted(found: dict[str, Any]) -> None:
         )
 
 
-def _refuse_weighted(found: dict[str, Any], name: str, where: str) -> None:
+def _reject_weighted(found: dict[str, Any], name: str, where: str) -> None:
     if found["weight table"] is not None:
         raise _vacuous(
             f"the data of the arm {name} have the weight table {found['weight table']}: set model.exact.enabled=false"

@@ -169,12 +169,12 @@ def measure(args: argparse.Namespace) -> Measured:
     needed = 2 * args.samples * args.batch * args.seq_length // int(document_lengths(10000).mean()) + 1000
     lengths = read_index(args.prefix).lengths if args.prefix else document_lengths(needed)
     micro_batches = packings(np.asarray(lengths), args.seq_length, args.batch, max(args.samples, args.repeats))
-    pieces = np.concatenate([np.diff(cuts) for cuts in micro_batches])
+    segments = np.concatenate([np.diff(cuts) for cuts in micro_batches])
     source = f"lengths of {args.prefix}.idx" if args.prefix else "synthetic, log-normal"
     setup = [
         f"window {shape.seq_length:,}, micro-batch {shape.batch}, {args.heads} heads and {args.kv_heads} KV heads of {shape.head_dim} over "
-        f"tp {args.tp}, {dtype}; {len(micro_batches)} micro-batches of documents in random order ({source}): {len(pieces):,} pieces, "
-        f"median {int(np.median(pieces)):,}, mean {pieces.mean():,.0f}"
+        f"tp {args.tp}, {dtype}; {len(micro_batches)} micro-batches of documents in random order ({source}): {len(segments):,} segments, "
+        f"median {int(np.median(segments)):,}, mean {segments.mean():,.0f}"
     ]
     rows = []
     if args.only != "time":

@@ -20,7 +20,7 @@ from .harness import SEED
 
 @dataclass(frozen=True)
 class Call:
-    """A kernel call: its part of q, k, v of the whole micro-batch [b*S, heads, d], and the pieces' lengths.
+    """A kernel call: its part of q, k, v of the whole micro-batch [b*S, heads, d], and the segments' lengths.
 
     `interleaved`: key and value come in one tensor [tokens, 2, kv_heads, d], as gather leaves them.
     """
@@ -84,8 +84,8 @@ class Emulation:
         """Output, dq, dk, dv."""
         q, *kv = (t.detach().requires_grad_() for t in inputs[:-1])
         k, v = (*kv, None) if call.interleaved else kv
-        pieces = KERNEL_FUNCTIONS[kernel](q, k, v, call.queries, call.keys, scale=None)
-        out = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        parts = KERNEL_FUNCTIONS[kernel](q, k, v, call.queries, call.keys, scale=None)
+        out = torch.cat(parts) if len(parts) > 1 else parts[0]
         dq, *dkv = torch.autograd.grad(out, (q, *kv), inputs[-1])
         return [out.detach(), dq, *(dkv[0].unbind(1) if call.interleaved else dkv)]
 

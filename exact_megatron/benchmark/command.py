@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.hidden_size=256")
     add.set_defaults(measure=measure_step)
 
-    from . import attention, ceiling, qk_timing, throughput
+    from . import attention, ceiling, qk_timing
+    from .throughput import command as throughput
 
     add = commands.add_parser("attention", help="the ways through context parallelism: cost model, emulated ranks")
     attention.add_arguments(add)

@@ -130,6 +130,62 @@ def _cut(hidden: Any, weight: Any, labels: Any) -> Any:
 FUSED_LOSS_ENDS = {"liger": ("liger_kernel", _liger), "cut-cross-entropy": ("cut_cross_entropy", _cut)}
 
 
+class LossEnd:
+    """Hidden states, labels and a weight a target of one random micro-batch, and the output layer of a trainer's model."""
+
+    def __init__(self, trainer: Any) -> None:
+        import torch
+
+        model = trainer.model[0].module
+        while not hasattr(model, "output_layer"):  # Float16Module and the like
+            model = model.module
+        m = trainer.run.model
+        self.model = model
+        self.cuda = trainer.device.type == "cuda"
+        dtype = next(model.parameters()).dtype
+        shape = (m.data.seq_length, m.micro_batch_size, m.hidden_size)
+        self.hidden = torch.randn(shape, device=trainer.device, dtype=dtype, requires_grad=True)
+        self.labels = torch.randint(0, m.override_vocab_size, shape[1::-1], device=trainer.device)
+        tied = m.share_embeddings_and_output_weights
+        self.weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+        self.target_weights = torch.rand(self.labels.shape, device=trainer.device) + 0.5
+
+    def own(self, hidden: Any, weight: Any, labels: Any) -> Any:
+        """The run's own losses[b, s]."""
+        logits, _ = self.model.output_layer(hidden, weight=weight)
+        return self.model.compute_language_model_loss(labels, logits)
+
+    def gradients(self, losses_of: Callable[..., Any]) -> tuple[Any, ...]:
+        """Of the weighted sum of the losses, in the hidden states and the output weight."""
+        import torch
+
+        losses = losses_of(self.hidden, self.weight, self.labels)
+        return torch.autograd.grad((losses.float() * self.target_weights).sum(), [self.hidden, self.weight])
+
+    def unfused(self) -> tuple[Any, ...]:
+        """The run's own gradients; a fused weight gradient goes to DDP's sums, and autograd gets a placeholder."""
+        layer = self.model.output_layer
+        fused = getattr(layer, "gradient_accumulation_fusion", False)
+        layer.gradient_accumulation_fusion = False
+        try:
+            return self.gradients(self.own)
+        finally:
+            layer.gradient_accumulation_fusion = fused
+
+    def measured(self, losses_of: Callable[..., Any]) -> dict[str, float]:
+        """{"s", "GiB"} of forward and backward."""
+        import torch
+
+        before = 0
+        if self.cuda:
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        seconds = median_seconds(lambda: self.gradients(losses_of), self.cuda, 5)
+        peak = torch.cuda.max_memory_allocated() - before if self.cuda else 0
+        return {"s": seconds, "GiB": peak / 2**30}
+
+
 def loss_end(trainer: Any) -> dict[str, Any]:
     """Logits and cross entropy of one micro-batch alone, forward and backward under a weight a target.
 
@@ -138,57 +194,14 @@ def loss_end(trainer: Any) -> dict[str, Any]:
         installed kernels of FUSED_LOSS_ENDS without tensor parallelism, which no run uses, and error is ||a - b|| / ||b|| of the
         hidden states' and the weight's gradients against the run's own.
     """
-    import torch
-
-    run = trainer.run
-    model = trainer.model[0].module
-    while not hasattr(model, "output_layer"):  # Float16Module and the like
-        model = model.module
-    m = run.model
-    cuda = trainer.device.type == "cuda"
-    dtype = next(model.parameters()).dtype
-    shape = (m.data.seq_length, m.micro_batch_size, m.hidden_size)
-    hidden = torch.randn(shape, device=trainer.device, dtype=dtype, requires_grad=True)
-    labels = torch.randint(0, m.override_vocab_size, shape[1::-1], device=trainer.device)
-    tied = m.share_embeddings_and_output_weights
-    weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-    target_weights = torch.rand(labels.shape, device=trainer.device) + 0.5
-
-    def own(hidden: Any, weight: Any, labels: Any) -> Any:
-        logits, _ = model.output_layer(hidden, weight=weight)
-        return model.compute_language_model_loss(labels, logits)
-
-    def gradients(losses_of: Callable[..., Any]) -> tuple[Any, ...]:
-        losses = losses_of(hidden, weight, labels)
-        return torch.autograd.grad((losses.float() * target_weights).sum(), [hidden, weight])
-
-    def unfused() -> tuple[Any, ...]:
-        """The run's own gradients; a fused weight gradient goes to DDP's sums, and autograd gets a placeholder."""
-        layer = model.output_layer
-        fused = getattr(layer, "gradient_accumulation_fusion", False)
-        layer.gradient_accumulation_fusion = False
-        try:
-            return gradients(own)
-        finally:
-            layer.gradient_accumulation_fusion = fused
-
-    def measured(losses_of: Callable[..., Any]) -> dict[str, float]:
-        before = 0
-        if cuda:
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        seconds = median_seconds(lambda: gradients(losses_of), cuda, 5)
-        peak = torch.cuda.max_memory_allocated() - before if cuda else 0
-        return {"s": seconds, "GiB": peak / 2**30}
-
-    found: dict[str, Any] = {**measured(own), "others": {}}
-    if m.tensor_model_parallel_size > 1:
+    end = LossEnd(trainer)
+    found: dict[str, Any] = {**end.measured(end.own), "others": {}}
+    if trainer.run.model.tensor_model_parallel_size > 1:
         return found
     for name, (package, losses_of) in FUSED_LOSS_ENDS.items():
         if importlib.util.find_spec(package) is None:
             continue
-        pairs = zip(gradients(losses_of), unfused())
+        pairs = zip(end.gradients(losses_of), end.unfused())
         error = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
-        found["others"][name] = {**measured(losses_of), "error": error}
+        found["others"][name] = {**end.measured(losses_of), "error": error}
     return found

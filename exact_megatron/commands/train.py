@@ -19,8 +19,7 @@ def run_train(args: argparse.Namespace) -> int:
     run = load_config(args.config, args.overrides)
     if not is_rank():
         read_vocabulary(run)  # a bad input is one message here, and one a rank later
-    check_lengths(run)
-    if not is_rank():
+        check_lengths(run)
         if run.trainer.num_nodes > 1:
             raise ValueError(
                 f"trainer.num_nodes={run.trainer.num_nodes}: start the ranks with torchrun on every node or with srun, "

@@ -152,10 +152,11 @@ class Installation:
             self.ran = True
             with ExitStack() as stack:
                 if timing.enabled:
+                    from .host import say
                     from .timing import bridge_progress, timed_train_step
 
                     train = importlib.import_module("megatron.bridge.training.train")
-                    timed = timed_train_step(train.train_step, timing, bridge_progress, _say)
+                    timed = timed_train_step(train.train_step, timing, bridge_progress, say)
                     stack.enter_context(replaced(train, "train_step", timed))
                 if not config.enabled:
                     state = inspect.signature(stock).bind(*args, **kwargs).arguments["state"]
@@ -211,11 +212,6 @@ def _refusing_weighted(load: Callable[..., None], config: ExactConfig, state: An
         load(train_state, values)
 
     return load_state_dict
-
-
-def _say(line: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(line, flush=True)
 
 
 def _there(owner: Any, name: str) -> Any:

@@ -8,9 +8,9 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from ..config import ExactError
@@ -51,6 +51,21 @@ def script_global(function: Any, name: str) -> Any:
             "do: EXACT cannot hook this script"
         )
     return inner.__globals__[name]
+
+
+def functions_of(source: str) -> dict[str, CodeType]:
+    """A script's own functions by name, not executed: what `script_global` and `takes_loss` will see of them.
+
+    Raises:
+        SyntaxError: it is no Python.
+    """
+    found = compile(source, "script", "exec").co_consts
+    return {code.co_name: code for code in found if isinstance(code, CodeType)}
+
+
+def takes_loss(parameters: Sequence[str]) -> bool:
+    """Whether a function with these parameters is a loss that ExactLoss can wrap."""
+    return tuple(parameters[:2]) == ("loss_mask", "output_tensor")
 
 
 def file_of(function: Any) -> str:

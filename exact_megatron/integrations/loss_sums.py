@@ -7,6 +7,7 @@ from megatron.core import parallel_state
 
 from ..config import ExactError
 from ..loss import ExactLoss
+from .host import UNWEIGHTED
 
 
 class LossSums:
@@ -23,7 +24,7 @@ class LossSums:
             ExactError: no weighted data were built.
         """
         if self.loss.table is None:
-            raise ExactError("training is about to start on data that EXACT did not weight")
+            raise ExactError(UNWEIGHTED)
         return self.loss.names
 
     def add(self, report: dict[str, torch.Tensor]) -> None:

@@ -18,6 +18,7 @@ megatron_lm_arguments.py.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -26,16 +27,22 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from ..allocation import WeightTable
 from ..config import ExactConfig, ExactError, QKTimingConfig
-from ..dataset import ExactDatasetBuilder, members
-from ..loss import ExactLoss, bucket_of
-from .checkpoint_guard import check_resumed, refuse_unweighted, table_lines
-from .documents import check_masked, feed_documents, masking_documents
-from .hooks import file_of, replaced, script_global
-from .megatron_lm_arguments import OWN, core_version, plan_masking, refusals
+from ..dataset import ExactDatasetBuilder
+from ..loss import bucket_of
+from ..refusals import refuse
+from .documents import feed_documents
+from .hooks import file_of, replaced, script_global, takes_loss
+from .host import Host, HostBuilder, Words, averages, say
+from .megatron_lm_arguments import ANEW, LEAST_CORE, OWN, core_version, plan_masking, refusals
 from .settings import take_settings, take_timing
 from .timing import timed_train_step
+
+WORDS = Words(
+    hooked="loss_func, forward_step and BlendedMegatronDatasetBuilder",
+    anew=ANEW,
+    ask="--reset-attention-mask",
+)
 
 
 def from_command_line(pretrain: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,25 +55,18 @@ def from_command_line(pretrain: Callable[..., Any]) -> Callable[..., Any]:
     return MegatronLM(config, timing).hook(pretrain)
 
 
-class MegatronLM:
+class MegatronLM(Host):
     """EXACT in one Megatron-LM process.
 
     Attributes:
         hooked: whether the script's `pretrain` was called and its parts replaced.
-        weighted: whether weighted data were built.
-        masked: whether a GPTModel with DocumentAttention was built.
     """
 
     def __init__(self, config: ExactConfig, timing: QKTimingConfig | None = None) -> None:
-        self.config = config
+        super().__init__(config, WORDS)
         self.timing = timing or QKTimingConfig()
-        self.loss = ExactLoss(config)
         self.hooked = False
-        self.weighted = False
-        self.masked = False
-        self.where = ""
         self._plan: tuple[str, str] | None = None
-        self._resumed: dict[str, Any] | None = None
 
     def hook(self, pretrain: Callable[..., Any]) -> Callable[..., Any]:
         """Return `megatron.training.pretrain`, hooked.
@@ -91,16 +91,13 @@ class MegatronLM:
             with ExitStack() as stack:
                 from megatron.training import checkpointing
 
-                stack.enter_context(
-                    replaced(
-                        checkpointing, "check_checkpoint_args", self._comparing(checkpointing.check_checkpoint_args)
-                    )
-                )
+                compared = self._comparing(checkpointing.check_checkpoint_args)
+                stack.enter_context(replaced(checkpointing, "check_checkpoint_args", compared))
                 self.hooked = True
                 if self.timing.enabled:
                     from megatron.training import training
 
-                    timed = timed_train_step(training.train_step, self.timing, _progress, _say)
+                    timed = timed_train_step(training.train_step, self.timing, _progress, say)
                     stack.enter_context(replaced(training, "train_step", timed))
                 if not self.config.enabled:
                     return pretrain(*args, **kwargs)
@@ -116,15 +113,44 @@ class MegatronLM:
         return hooked
 
     def _replace(self, stack: ExitStack, provider: Any, forward_step: Any) -> Callable[..., Any]:
-        import megatron.core
-        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+        """Replace what the module's table says, and return the forward step that takes the place of the script's."""
         from megatron.core.models.gpt.gpt_model import GPTModel
         from megatron.training import training
 
-        if core_version() < (0, 13):
+        loss_func = self._find(provider, forward_step)
+        for owner, name, new in (
+            (inspect.unwrap(forward_step).__globals__, "loss_func", self.loss.wrap(loss_func)),
+            (
+                inspect.unwrap(provider).__globals__,
+                "BlendedMegatronDatasetBuilder",
+                functools.partial(HostBuilder, self),
+            ),
+            (GPTModel, "__init__", self.masking_init(GPTModel.__init__)),
+            (training, "training_log", whole_intervals(training.training_log)),
+            (training, "save_checkpoint", self.saving(training.save_checkpoint)),
+        ):
+            stack.enter_context(replaced(owner, name, new))
+        self.words = dataclasses.replace(WORDS, hooked=f"{WORDS.hooked} of {file_of(loss_func)}")
+        fed: list[Callable[..., Any]] = []
+
+        @functools.wraps(forward_step)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if not fed:
+                self.ready()
+                fed.append(feed_documents(forward_step, self.seq_length) if self.masking else forward_step)
+            return fed[0](*args, **kwargs)
+
+        return step
+
+    def _find(self, provider: Any, forward_step: Any) -> Callable[..., Any]:
+        """The script's loss function; raises ExactError for a script that cannot be hooked, see hooks.py."""
+        import megatron.core
+        from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+
+        if core_version() < LEAST_CORE:
             raise ExactError(
                 f"Megatron-LM with core {megatron.core.__version__}: its loss_func reduces what it reports, which the hook does not "
-                "follow. Use core 0.13 or later"
+                f"follow. Use core {'.'.join(map(str, LEAST_CORE))} or later"
             )
         loss_func = script_global(forward_step, "loss_func")
         builder = script_global(provider, "BlendedMegatronDatasetBuilder")
@@ -133,53 +159,16 @@ class MegatronLM:
                 f"BlendedMegatronDatasetBuilder in {file_of(provider)} is {builder!r}: not Megatron's, or hooked already"
             )
         parameters = list(inspect.signature(loss_func).parameters)
-        if parameters[:2] != ["loss_mask", "output_tensor"]:
+        if not takes_loss(parameters):
             raise ExactError(
                 f"loss_func in {file_of(loss_func)} takes {parameters}, not (loss_mask, output_tensor, ...)"
             )
-        weighted = self.loss.wrap(loss_func)
-        save = training.save_checkpoint
-        build_model = GPTModel.__init__
-        fed: list[Callable[..., Any]] = []
-
-        @functools.wraps(build_model)
-        def built(model: Any, *args: Any, **kwargs: Any) -> None:
-            if self.plan()[0] != OWN:
-                return build_model(model, *args, **kwargs)
-            with masking_documents():
-                build_model(model, *args, **kwargs)
-            check_masked(model, _arguments().seq_length)
-            self.masked = True
-
-        @functools.wraps(save)
-        def saved(*args: Any, **kwargs: Any) -> Any:
-            self.loss.check()
-            return save(*args, **kwargs)
-
-        @functools.wraps(forward_step)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            if not self.weighted:
-                raise ExactError("training is about to start on data that EXACT did not weight")
-            if not fed:
-                fed.append(self._feeding(forward_step))
-            return fed[0](*args, **kwargs)
-
-        for owner, name, new in (
-            (inspect.unwrap(forward_step).__globals__, "loss_func", weighted),
-            (inspect.unwrap(provider).__globals__, "BlendedMegatronDatasetBuilder", functools.partial(_Builder, self)),
-            (GPTModel, "__init__", built),
-            (training, "training_log", whole_intervals(training.training_log)),
-            (training, "save_checkpoint", saved),
-        ):
-            stack.enter_context(replaced(owner, name, new))
-        self.where = file_of(loss_func)
-        return step
+        return loss_func  # type: ignore[no-any-return]
 
     def _comparing(self, check: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(check)
         def compared(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
-            self._resumed = getattr(checkpoint_args, "exact", None)
-            refuse_unweighted(self._resumed, self.config, "start anew with --finetune")
+            self.guard(getattr(checkpoint_args, "exact", None))
             return check(checkpoint_args, *args, **kwargs)
 
         return compared
@@ -192,9 +181,7 @@ class MegatronLM:
         """
         if self._plan is None:
             args = _arguments()
-            reasons = refusals(args, self.config)
-            if reasons:
-                raise ValueError("EXACT refuses this run:\n  " + "\n  ".join(reasons))
+            refuse(refusals(args, self.config))
             self._plan = plan_masking(args, self.config)
             if self._plan[0] == OWN:  # get_batch sizes its broadcasts by these
                 args.create_attention_mask_in_dataloader = args.reset_attention_mask = False
@@ -202,64 +189,25 @@ class MegatronLM:
                     args.dataloader_inter_document_masking = False
         return self._plan
 
-    def _feeding(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
-        if self.plan()[0] != OWN:
-            return forward_step
-        if not self.masked:
-            raise ExactError(
-                "documents were to be masked, but no GPTModel was built: EXACT masks documents in GPTModel only. Accept unmasked "
-                "documents with model.exact.allow_unmasked_documents=true and without --reset-attention-mask"
-            )
-        return feed_documents(forward_step, _arguments().seq_length)
+    @property
+    def masking(self) -> bool:  # type: ignore[override]
+        return self.plan()[0] == OWN
+
+    @property
+    def seq_length(self) -> int:  # type: ignore[override]
+        return int(_arguments().seq_length)
+
+    def masking_line(self) -> str:
+        return self.plan()[1]
+
+    def notes(self) -> list[str]:
+        args = _arguments()
+        eod, per_token = (getattr(args, name, False) for name in ("eod_mask_loss", "calculate_per_token_loss"))
+        return [averages("--eod-mask-loss", "--calculate-per-token-loss")] if eod and not per_token else []
 
     def built(self, builder: ExactDatasetBuilder) -> None:
-        """Called with the builder when the data are built: compare with the checkpoint, and say once what is hooked."""
-        assert builder.table is not None and builder.census is not None
-        args, table = _arguments(), builder.table
-        mine = {**self.config.to_dict(), "table": table.digest, "census": builder.census.digest}
-        check_resumed(self._resumed, mine, self.config, "start anew with --finetune")
-        args.exact = mine  # Megatron-LM stores its arguments in every checkpoint
-        if not self.weighted and int(os.environ.get("RANK", 0)) == 0:
-            print("\n".join(["EXACT", *self._summary(table, builder)]), flush=True)
-        self.weighted = True
-
-    def _summary(self, table: WeightTable, builder: ExactDatasetBuilder) -> list[str]:
-        args = _arguments()
-        lines = [
-            f"hooked      loss_func, forward_step and BlendedMegatronDatasetBuilder of {self.where}",
-            f"masking     {self.plan()[1]}",
-            *table_lines(table),
-        ]
-        if getattr(args, "eod_mask_loss", False) and not getattr(args, "calculate_per_token_loss", False):
-            lines.append(
-                "note        --eod-mask-loss without --calculate-per-token-loss averages over micro-batches, not targets"
-            )
-        return [f"  {line}" for line in lines]
-
-
-class _Builder(ExactDatasetBuilder):
-    """What the script's provider calls in place of BlendedMegatronDatasetBuilder."""
-
-    def __init__(
-        self, host: MegatronLM, cls: Any, sizes: Any, is_built_on_rank: Callable[[], bool], config: Any
-    ) -> None:
-        own = host.plan()[0] == OWN
-        if own:
-            for name in ("reset_attention_mask", "create_attention_mask", "inter_document_masking"):
-                if hasattr(config, name):
-                    setattr(config, name, False)
-        self.host = host
-        self.boundaries_only = own and not is_built_on_rank()
-        # Every stage and every tensor-parallel rank needs the boundaries.
-        everywhere = (lambda: True) if own else is_built_on_rank
-        super().__init__(cls, sizes, everywhere, config, exact=host.config, loss=host.loss, emit_cu_seqlens=own)
-
-    def build(self) -> list[Any]:
-        datasets = super().build()
-        for member in members(datasets):
-            member.boundaries_only = self.boundaries_only
-        self.host.built(self)
-        return datasets
+        super().built(builder)
+        _arguments().exact = self.entry  # Megatron-LM stores its arguments in every checkpoint
 
 
 def whole_intervals(training_log: Callable[..., Any]) -> Callable[..., Any]:
@@ -317,11 +265,6 @@ def whole_intervals(training_log: Callable[..., Any]) -> Callable[..., Any]:
 def _progress(_: dict[str, Any]) -> tuple[int, int]:
     args = _arguments()
     return args.curr_iteration, args.train_iters
-
-
-def _say(line: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(line, flush=True)
 
 
 def _arguments() -> Any:

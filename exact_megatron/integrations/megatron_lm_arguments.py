@@ -3,106 +3,182 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..attention.supported import unsupported, unsupported_loss
+from ..attention.supported import LOSS, unsupported
 from ..config import ExactConfig
+from ..refusals import Row, is_above_1, is_set, reasons, unmasked, value_of
 
 OWN, UPSTREAM, NONE = "own", "upstream", "none"
 ASK = "--reset-attention-mask or, from Megatron-LM 0.19 on, --dataloader-inter-document-masking"
-
-_REFUSED_ARGUMENTS = {
-    "mtp_num_layers": "multi-token prediction uses the weights of one depth for another: unset --mtp-num-layers",
-    "modelopt_enabled": "modelopt has a loss of its own: train without modelopt",
-    "export_kd_teacher_load": "distillation has a loss of its own: unset --export-kd-teacher-load",
-    # Each of these selects modelopt's loss in core 0.13 and 0.14 (megatron/post_training/arguments.py: modelopt_args_enabled).
-    "export_quant_cfg": "modelopt has a loss of its own: unset --export-quant-cfg",
-    "export_real_quant_cfg": "modelopt has a loss of its own: unset --export-real-quant-cfg",
-    "export_num_medusa_heads": "modelopt has a loss of its own: unset --export-num-medusa-heads",
-    "export_num_eagle_layers": "modelopt has a loss of its own: unset --export-num-eagle-layers",
-    "logits_load_dir": "distillation from cached logits has a loss of its own: unset --logits-load-dir",
-    "sft": "SFT data are not GPTDataset's: unset --sft",
-    "mock_data": "mock data have no documents: unset --mock-data and give --data-path",
-    "fim_data": "fill-in-the-middle reorders documents: unset --fim-data",
-    "use_legacy_models": "the legacy models are not hooked: unset --use-legacy-models",
-    "perform_rl_step": "reinforcement learning has a loss of its own: unset --perform-rl-step",
-    "hybrid_context_parallel": "its samples are of other lengths than the window: use --context-parallel-size alone",
+ANEW = "start anew with --finetune"
+LEAST_CORE = (0, 13)  # before it, loss_func reduces what it reports
+MASKING_CORE = (
+    0,
+    16,
+)  # before it, attention takes every packed_seq_params for thd (megatron/core/transformer/attention.py)
+# Functions of a script and the global of it that is replaced
+USES = {"forward_step": "loss_func", "train_valid_test_datasets_provider": "BlendedMegatronDatasetBuilder"}
+# Megatron-LM's own defaults, where they are no "unset"
+DEFAULTS = {
+    "transformer_impl": "transformer_engine",
+    "attention_dropout": 0.1,
+    "num_query_groups": 1,
+    "masked_softmax_fusion": True,
+    "create_attention_mask_in_dataloader": True,
 }
-_REFUSED_WITH_OWN_MASKING = {
-    "overlap_moe_expert_parallel_comm": "DocumentAttention gets no boundaries from its schedule: unset "
-    "--overlap-moe-expert-parallel-comm",
-    "iterations_to_skip": "skipping draws batches on some ranks only, and the boundaries would be another batch's: unset "
-    "--iterations-to-skip",
-}
-_UNSET: tuple[Any, ...] = (None, False, 0, "", "None", [])
 _DATA = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path")
+# What is calculated with.
+WHOLE = """
+    seq_length micro_batch_size eval_micro_batch_size num_attention_heads num_query_groups
+    context_parallel_size tensor_model_parallel_size pipeline_model_parallel_size
+""".split()
 
 
-def read_arguments(line: list[str]) -> argparse.Namespace:
-    """Megatron-LM's arguments as far as `refusals` and `plan_masking` look at them, with its defaults, from a command line.
+def _modelopt(name: str) -> Row:
+    """An argument that selects modelopt's loss in core 0.13 and 0.14 (megatron/post_training/arguments.py: modelopt_args_enabled)."""
+    return Row(name, is_set, f"modelopt has a loss of its own: unset --{name.replace('_', '-')}")
+
+
+# What would be weighted wrongly, whoever masks documents.
+ROWS = (
+    Row("modelopt_enabled", is_set, "modelopt has a loss of its own: train without modelopt"),
+    Row("export_kd_teacher_load", is_set, "distillation has a loss of its own: unset --export-kd-teacher-load"),
+    _modelopt("export_quant_cfg"),
+    _modelopt("export_real_quant_cfg"),
+    _modelopt("export_num_medusa_heads"),
+    _modelopt("export_num_eagle_layers"),
+    Row(
+        "logits_load_dir",
+        is_set,
+        "distillation from cached logits has a loss of its own: unset --logits-load-dir",
+    ),
+    Row("sft", is_set, "SFT data are not GPTDataset's: unset --sft"),
+    Row("mock_data", is_set, "mock data have no documents: unset --mock-data and give --data-path"),
+    Row("fim_data", is_set, "fill-in-the-middle reorders documents: unset --fim-data"),
+    Row("use_legacy_models", is_set, "the legacy models are not hooked: unset --use-legacy-models"),
+    Row("perform_rl_step", is_set, "reinforcement learning has a loss of its own: unset --perform-rl-step"),
+    Row(
+        "hybrid_context_parallel",
+        is_set,
+        "its samples are of other lengths than the window: use --context-parallel-size alone",
+    ),
+    *LOSS,
+    Row(
+        " ".join(("mock_data", *_DATA)),
+        lambda mock, *data: not mock and not any(data),
+        "no data were given, and there are no weights of mock data: give --data-path",
+    ),
+    Row(
+        "context_parallel_size eod_mask_loss calculate_per_token_loss",
+        lambda cp, eod, per_token: is_above_1(cp) and eod and not per_token,
+        lambda cp, *_: (
+            f"--context-parallel-size {cp} with --eod-mask-loss: each rank would divide by its own count of targets. Add "
+            "--calculate-per-token-loss"
+        ),
+    ),
+)
+# Where nobody would mask the documents; `masks` is who would, `dense` whether by the dense masks of megatron-core before 0.16.
+NOBODY = (
+    Row(
+        "dense transformer_impl spec context_parallel_size",
+        lambda dense, layers, spec, cp: dense and (layers != "local" or spec or is_above_1(cp)),
+        "before Megatron-LM 0.16 only --transformer-impl local without --spec and without context parallelism masks documents "
+        "(Transformer Engine ignores --reset-attention-mask): take such layers or a newer version, or accept unmasked "
+        "documents with model.exact.allow_unmasked_documents=true and without --reset-attention-mask",
+    ),
+    Row(  # the fused kernel for causal masks ignores the mask it is given (fused_softmax.py)
+        "dense masked_softmax_fusion",
+        lambda dense, fused: dense and fused,
+        "before Megatron-LM 0.16 --reset-attention-mask masks nothing with masked_softmax_fusion=True: add "
+        "--no-masked-softmax-fusion",
+    ),
+    Row(
+        "dense create_attention_mask_in_dataloader",
+        lambda dense, created: dense and created is False,
+        "before Megatron-LM 0.16 --reset-attention-mask masks nothing with create_attention_mask_in_dataloader=False: leave out "
+        "--no-create-attention-mask-in-dataloader",
+    ),
+    Row(
+        "masks exact.allow_unmasked_documents",
+        lambda masks, accepted: masks == NONE and not accepted,
+        unmasked(ASK),
+    ),
+)
+# Where DocumentAttention masks them.
+MASKED = (
+    Row(
+        "overlap_moe_expert_parallel_comm",
+        is_set,
+        "DocumentAttention gets no boundaries from its schedule: unset --overlap-moe-expert-parallel-comm",
+    ),
+    Row(
+        "iterations_to_skip",
+        is_set,
+        "skipping draws batches on some ranks only, and the boundaries would be another batch's: unset --iterations-to-skip",
+    ),
+    Row(
+        "dataloader_type",
+        lambda kind: kind == "external",
+        "--dataloader-type external: its batches have no boundaries of documents. Use single or cyclic",
+    ),
+)
+
+
+def read_arguments(line: list[str]) -> SimpleNamespace:
+    """Megatron-LM's arguments from a command line, in the form of its own parser: --a-b VALUE is `a_b`, a number or text; several
+    values are a list, --a-b alone is True, and --no-a-b alone makes `a_b` False. The defaults are Megatron-LM's for what EXACT looks at.
 
     Raises:
         ValueError: a value of another kind, or arguments that are not on the line (--yaml-cfg).
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    whole = {
-        "seq-length": None,
-        "micro-batch-size": None,
-        "eval-micro-batch-size": None,
-        "mtp-num-layers": None,
-        "context-parallel-size": 1,
-        "tensor-model-parallel-size": 1,
-        "pipeline-model-parallel-size": 1,
-        "num-attention-heads": None,
-        "num-query-groups": 1,
-        "export-num-medusa-heads": 0,
-        "export-num-eagle-layers": 0,
-    }
-    text = {
-        "transformer-impl": "transformer_engine",
-        "dataloader-type": None,
-        "logits-load-dir": None,
-        "export-kd-teacher-load": None,
-        "export-quant-cfg": None,
-        "export-real-quant-cfg": None,
-        "window-size": None,
-        "softmax-type": "vanilla",
-        "cross-entropy-fusion-impl": "native",
-        "cuda-graph-impl": "none",
-        "experimental-attention-variant": None,
-        "data-args-path": None,
-        "per-split-data-args-path": None,
-        "yaml-cfg": None,
-    }
-    for kind, defaults in ((int, whole), (str, text)):
-        for name, default in defaults.items():
-            parser.add_argument(f"--{name}", type=kind, default=default)
-    for name in ("spec", "data-path", "train-data-path", "cp-comm-type", "iterations-to-skip"):
-        parser.add_argument(f"--{name}", nargs="*")
-    flags = """
-        reset-attention-mask eod-mask-loss calculate-per-token-loss dataloader-inter-document-masking sft mock-data fim-data
-        use-legacy-models perform-rl-step hybrid-context-parallel modelopt-enabled overlap-moe-expert-parallel-comm
-        group-query-attention multi-latent-attention is-hybrid-model qk-clip log-max-attention-logit fp8-dot-product-attention
-        fp8-multi-head-attention enable-cuda-graph external-cuda-graph fused-single-qkv-rope cross-entropy-loss-fusion
-        sequence-parallel
-    """
-    for name in flags.split():
-        parser.add_argument(f"--{name}", action="store_true")
-    parser.add_argument("--attention-dropout", type=float, default=0.1)
-    for name in ("masked-softmax-fusion", "create-attention-mask-in-dataloader"):
-        parser.add_argument(f"--no-{name}", dest=name.replace("-", "_"), action="store_false")
+    given: dict[str, list[str]] = {}
+    words: list[str] = []
+    for word in line:
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            words = given[name.replace("-", "_")] = [value] if equals else []  # given again, the later counts
+        else:
+            words.append(word)
+    values: dict[str, Any] = dict(DEFAULTS)
+    for name, words in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in WHOLE:
+            values[name] = _whole(flag, words)
+        elif not words and name in _DATA:  # --data-path $EMPTY
+            values[name] = None
+        elif not words:
+            values[name] = True
+            values[name.removeprefix("no_")] = not name.startswith("no_")
+        else:
+            values[name] = words if len(words) > 1 else _number(words[0])
+    if values.get("yaml_cfg"):
+        raise ValueError(
+            f"doctor reads a command line, and --yaml-cfg {values['yaml_cfg']} holds the arguments of this run"
+        )
+    return SimpleNamespace(**values)
+
+
+def _whole(flag: str, words: list[str]) -> int:
+    if not words:
+        raise ValueError(f"argument {flag}: expected one argument")
     try:
-        args, _ = parser.parse_known_args(line)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
-    if args.yaml_cfg:
-        raise ValueError(f"doctor reads a command line, and --yaml-cfg {args.yaml_cfg} holds the arguments of this run")
-    return args
+        return int(words[0])
+    except ValueError:
+        raise ValueError(f"argument {flag}: invalid int value: {words[0]!r}") from None
+
+
+def _number(word: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            pass
+    return word
 
 
 def training_data(args: Any) -> list[str]:
@@ -111,12 +187,14 @@ def training_data(args: Any) -> list[str]:
     Raises:
         OSError, ValueError: the file that names them cannot be read.
     """
-    blend = args.train_data_path or args.data_path or []
-    if args.data_args_path:
-        blend = Path(args.data_args_path).read_text().split()
-    elif args.per_split_data_args_path:
-        blend = json.loads(Path(args.per_split_data_args_path).read_text())["train"] or []
-    return [entry for entry in map(str, blend) if not re.fullmatch(r"[\d.eE+-]+", entry)]
+    blend, train, file, files = (value_of(name, args) for name in _DATA)
+    blend = train or blend or []
+    if file:
+        blend = Path(file).read_text().split()
+    elif files:
+        blend = json.loads(Path(files).read_text())["train"] or []
+    entries = blend if isinstance(blend, list) else [blend]
+    return [entry for entry in map(str, entries) if not re.fullmatch(r"[\d.eE+-]+", entry)]
 
 
 def refusals(args: Any, config: ExactConfig, core: tuple[int, int] | None = None) -> list[str]:
@@ -127,33 +205,19 @@ def refusals(args: Any, config: ExactConfig, core: tuple[int, int] | None = None
         config: the settings.
         core: version of megatron-core, (0, 16); None is the imported one.
     """
-    found = [text for name, text in _REFUSED_ARGUMENTS.items() if getattr(args, name, None) not in _UNSET]
-    found += unsupported_loss(args)
-    if not getattr(args, "mock_data", False) and not any(getattr(args, name, None) for name in _DATA):
-        found.append("no data were given, and there are no weights of mock data: give --data-path")
-    cp = getattr(args, "context_parallel_size", 1) or 1
-    if cp > 1 and getattr(args, "eod_mask_loss", False) and not getattr(args, "calculate_per_token_loss", False):
-        found.append(
-            f"--context-parallel-size {cp} with --eod-mask-loss: each rank would divide by its own count of targets. Add "
-            "--calculate-per-token-loss"
-        )
-    try:
-        masking, _ = plan_masking(args, config, core)
-        if masking == OWN:
-            found += [text for name, text in _REFUSED_WITH_OWN_MASKING.items() if getattr(args, name, None)]
-            model = SimpleNamespace(**{k: v for k, v in vars(args).items() if k not in _REFUSED_ARGUMENTS})
-            if not getattr(args, "group_query_attention", False):
-                model.num_query_groups = None  # as core_transformer_config_from_args has it
-            found += [
-                f"documents are masked by DocumentAttention, which does not support {line}"
-                for line in unsupported(model, getattr(args, "seq_length", None))
-            ]
-            if getattr(args, "dataloader_type", None) == "external":
-                found.append(
-                    "--dataloader-type external: its batches have no boundaries of documents. Use single or cyclic"
-                )
-    except ValueError as error:
-        found.append(str(error))
+    found = reasons(ROWS, args)
+    masks, _, nobody = _masking(args, config, core)
+    found += nobody
+    if masks == OWN:
+        found += reasons(MASKED, args)
+        said = {row.looks_at for row in ROWS}
+        model = SimpleNamespace(**{name: value for name, value in vars(args).items() if name not in said})
+        if not getattr(args, "group_query_attention", False):
+            model.num_query_groups = None  # as core_transformer_config_from_args has it
+        found += [
+            f"documents are masked by DocumentAttention, which does not support {line}"
+            for line in unsupported(model, getattr(args, "seq_length", None))
+        ]
     return found
 
 
@@ -178,11 +242,26 @@ def plan_masking(args: Any, config: ExactConfig, core: tuple[int, int] | None = 
     Raises:
         ValueError: nobody asked for masking, and allow_unmasked_documents is not set; or nothing here can mask documents.
     """
+    masks, line, nobody = _masking(args, config, core)
+    if nobody:
+        raise ValueError(nobody[0])
+    return masks, line
+
+
+def _masking(args: Any, config: ExactConfig, core: tuple[int, int] | None) -> tuple[str, str, list[str]]:
+    """(who masks, one line that says so, the first reason why nobody would)."""
+    masks, line = _asked(args, core)
+    dense = masks == UPSTREAM and not getattr(args, "dataloader_inter_document_masking", False)
+    return masks, line, reasons(NOBODY, {"masks": masks, "dense": dense, "exact": config}, args)[:1]
+
+
+def _asked(args: Any, core: tuple[int, int] | None) -> tuple[str, str]:
+    """Who masks what the user's own arguments ask for."""
     cp, tp, pp = (
         getattr(args, f"{name}_parallel_size", 1) or 1 for name in ("context", "tensor_model", "pipeline_model")
     )
     flag = "--dataloader-inter-document-masking"
-    samples = max(args.micro_batch_size or 1, getattr(args, "eval_micro_batch_size", None) or 1)
+    samples = max(value_of(name, args) or 1 for name in ("micro_batch_size", "eval_micro_batch_size"))
     if getattr(args, "dataloader_inter_document_masking", False):
         if cp > 1:
             wrong = f"wrong with --context-parallel-size {cp}"
@@ -191,34 +270,11 @@ def plan_masking(args: Any, config: ExactConfig, core: tuple[int, int] | None = 
         else:
             return UPSTREAM, f"masked by {flag} (Megatron-LM's)"
         return OWN, f"masked by DocumentAttention, in place of {flag}, which is {wrong}"
-    if getattr(args, "reset_attention_mask", False):
-        if (core or core_version()) >= (0, 16):
-            return (
-                OWN,
-                "masked by DocumentAttention, in place of the dense masks of --reset-attention-mask",
-            )
-        if args.transformer_impl == "local" and not args.spec and cp == 1:
-            # The fused kernel for causal masks ignores the mask it is given (fused_softmax.py).
-            for name, unmasked, remedy in (
-                ("masked_softmax_fusion", True, "add --no-masked-softmax-fusion"),
-                ("create_attention_mask_in_dataloader", False, "leave out --no-create-attention-mask-in-dataloader"),
-            ):
-                if getattr(args, name, not unmasked) == unmasked:
-                    raise ValueError(
-                        f"before Megatron-LM 0.16 --reset-attention-mask masks nothing with {name}={unmasked}: {remedy}"
-                    )
-            return UPSTREAM, "masked by the dense masks of --reset-attention-mask (Megatron-LM's)"
-        raise ValueError(
-            "before Megatron-LM 0.16 only --transformer-impl local without --spec and without context parallelism masks documents "
-            "(Transformer Engine ignores --reset-attention-mask): take such layers or a newer version, or accept unmasked "
-            "documents with model.exact.allow_unmasked_documents=true and without --reset-attention-mask"
-        )
-    if config.allow_unmasked_documents:
+    if not getattr(args, "reset_attention_mask", False):
         return NONE, "not masked: documents in a sample see each other (model.exact.allow_unmasked_documents=true)"
-    raise ValueError(
-        "documents in a sample would see each other, and the weights would not measure what a target sees. Ask for masking with "
-        f"{ASK}, or accept it with model.exact.allow_unmasked_documents=true"
-    )
+    if (core or core_version()) >= MASKING_CORE:
+        return OWN, "masked by DocumentAttention, in place of the dense masks of --reset-attention-mask"
+    return UPSTREAM, "masked by the dense masks of --reset-attention-mask (Megatron-LM's)"
 
 
 def core_version() -> tuple[int, int]:

@@ -29,16 +29,16 @@ import nemo
 import torch
 from omegaconf import OmegaConf, open_dict
 
-from ..attention.supported import unsupported_loss
 from ..config import ExactConfig, ExactError, QKTimingConfig
-from ..dataset import ExactDatasetBuilder
-from ..loss import ExactLoss, gpt_loss
-from .checkpoint_guard import check_resumed, refuse_unweighted, table_lines
-from .documents import MaskAttention, check_masked, feed_documents, masking_documents
+from ..loss import gpt_loss
+from ..refusals import reasons, refuse
+from .checkpoint_guard import refuse_unweighted
+from .documents import MaskAttention, feed_documents
 from .hooks import replaced
+from .host import Host, HostBuilder, Words, say
 from .loss_sums import LossSums
 from .megatron_lm_arguments import core_version
-from .nemo_arguments import check_version, masked, refusals, said, settings
+from .nemo_arguments import BUILT, check_version, masked, refusals, said, settings
 from .settings import take_timing
 from .timing import before_nemo_step
 
@@ -48,7 +48,12 @@ import nemo.collections.nlp.models.language_modeling.megatron_gpt_model as host 
 from megatron.core import parallel_state  # noqa: E402
 from nemo.collections.nlp.models.language_modeling.megatron_base_model import MegatronBaseModel  # noqa: E402
 
-ANEW = "start anew with another exp_manager.exp_dir"
+WORDS = Words(
+    hooked="data, loss and attention of MegatronGPTModel",
+    anew="start anew with another exp_manager.exp_dir",
+    ask="model.data.reset_attention_mask",
+    masked="masked by DocumentAttention, in place of the dense masks of model.data.reset_attention_mask",
+)
 
 
 def install() -> None:
@@ -61,10 +66,18 @@ def install() -> None:
     gpt, base = host.MegatronGPTModel, MegatronBaseModel
     if getattr(gpt.__init__, "exact", False):
         return
-    build_gpt, build_any, step, load = gpt.__init__, base.__init__, gpt.fwd_bwd_step, gpt.on_load_checkpoint
+    built = _gpt_built(gpt.__init__)
+    built.exact = True  # type: ignore[attr-defined]
+    gpt.__init__, base.__init__ = built, _any_built(base.__init__)
+    gpt.fwd_bwd_step, gpt.on_load_checkpoint = _stepped(gpt.fwd_bwd_step), _loaded(gpt.on_load_checkpoint)
 
-    @functools.wraps(build_gpt)
-    def gpt_built(model: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
+
+def _gpt_built(build: Callable[..., None]) -> Callable[..., None]:
+    """MegatronGPTModel.__init__ that makes an ExactGPTModel of the model where its configuration says so."""
+    gpt = host.MegatronGPTModel
+
+    @functools.wraps(build)
+    def built(model: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
         config, timing = _settings(cfg), _timing(cfg)
         if timing.enabled and type(model) is not gpt:
             raise ExactError(
@@ -75,38 +88,25 @@ def install() -> None:
             with open_dict(cfg):
                 cfg.pop("qk_timing", None)
         if config.enabled and type(model) is gpt:
-            reasons = refusals(cfg, config)
-            if reasons:
-                raise ValueError("EXACT refuses this run:\n  " + "\n  ".join(reasons))
+            refuse(refusals(cfg, config))
             cfg = copy.deepcopy(cfg)
             with open_dict(cfg):
                 cfg.pop("exact", None)
                 cfg.setdefault("target", f"{gpt.__module__}.{gpt.__name__}")
             model.__class__ = ExactGPTModel
             model.exact = _Run(config)
-        build_gpt(model, cfg, *args, **kwargs)
+        build(model, cfg, *args, **kwargs)
         model.exact_settings, model.qk_timing = config, timing
 
-    # Not training_step: Lightning reads that one's arguments.
-    @functools.wraps(step)
-    def stepped(model: Any, dataloader_iter: Any, forward_only: bool, *args: Any, **kwargs: Any) -> Any:
-        timing = getattr(model, "qk_timing", None)  # none where the model is older than this hook
-        if timing is not None and timing.enabled and not forward_only:
-            before_nemo_step(timing, model.trainer, model.get_model_module_list(), _say)
-        return step(model, dataloader_iter, forward_only, *args, **kwargs)
+    return built
 
-    @functools.wraps(load)
-    def loaded(model: Any, checkpoint: dict[str, Any]) -> None:
-        # Only where training goes on: evaluation and conversion load weighted checkpoints too, and subclasses fine-tune.
-        trainer = model._trainer
-        if type(model) is gpt and trainer is not None and trainer.state.fn == "fit":
-            config = getattr(model, "exact_settings", None) or settings(None)  # a model older than this hook
-            refuse_unweighted(checkpoint.get("exact"), config, ANEW)
-        load(model, checkpoint)
 
-    @functools.wraps(build_any)
-    def any_built(model: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(model, gpt) and _timing(cfg).enabled:
+def _any_built(build: Callable[..., None]) -> Callable[..., None]:
+    """MegatronBaseModel.__init__ that refuses settings for models that are not hooked."""
+
+    @functools.wraps(build)
+    def built(model: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(model, host.MegatronGPTModel) and _timing(cfg).enabled:
             raise ExactError(
                 f"model.qk_timing.enabled=true, but {type(model).__name__} is no MegatronGPTModel. Set it to false"
             )
@@ -115,11 +115,37 @@ def install() -> None:
                 f"model.exact.enabled=true, but EXACT weights MegatronGPTModel and not {type(model).__name__}, which has data or a "
                 "loss of its own. Set model.exact.enabled=false"
             )
-        build_any(model, cfg, *args, **kwargs)
+        build(model, cfg, *args, **kwargs)
 
-    gpt_built.exact = True  # type: ignore[attr-defined]
-    gpt.__init__, base.__init__ = gpt_built, any_built
-    gpt.fwd_bwd_step, gpt.on_load_checkpoint = stepped, loaded
+    return built
+
+
+def _stepped(step: Callable[..., Any]) -> Callable[..., Any]:
+    """fwd_bwd_step with query/key timing. Not training_step: Lightning reads that one's arguments."""
+
+    @functools.wraps(step)
+    def stepped(model: Any, dataloader_iter: Any, forward_only: bool, *args: Any, **kwargs: Any) -> Any:
+        timing = getattr(model, "qk_timing", None)  # none where the model is older than this hook
+        if timing is not None and timing.enabled and not forward_only:
+            before_nemo_step(timing, model.trainer, model.get_model_module_list(), say)
+        return step(model, dataloader_iter, forward_only, *args, **kwargs)
+
+    return stepped
+
+
+def _loaded(load: Callable[..., None]) -> Callable[..., None]:
+    """on_load_checkpoint that does not let training go on without the weights of a checkpoint. Evaluation and conversion load
+    weighted checkpoints too, and subclasses fine-tune."""
+
+    @functools.wraps(load)
+    def loaded(model: Any, checkpoint: dict[str, Any]) -> None:
+        trainer = model._trainer
+        if type(model) is host.MegatronGPTModel and trainer is not None and trainer.state.fn == "fit":
+            config = getattr(model, "exact_settings", None) or settings(None)  # a model older than this hook
+            refuse_unweighted(checkpoint.get("exact"), config, WORDS.anew)
+        load(model, checkpoint)
+
+    return loaded
 
 
 def _settings(cfg: Any) -> ExactConfig:
@@ -143,22 +169,18 @@ def _timing(cfg: Any) -> QKTimingConfig:
     return timing
 
 
-def _say(line: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(line, flush=True)
-
-
-class _Run:
-    """EXACT in one model: the settings, the loss, and what is summed up for the log."""
+class _Run(Host):
+    """EXACT in one model, and what is summed up for the log."""
 
     def __init__(self, config: ExactConfig) -> None:
-        self.config = config
-        self.loss = ExactLoss(config)
+        super().__init__(config, WORDS)
         self.weighted_loss = self.loss.wrap(gpt_loss)
-        self.state: dict[str, Any] = {}  # for checkpoints
         self.divisor: torch.Tensor | float = 1.0
         self.latest: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
         self.training, self.validation = LossSums(self.loss), LossSums(self.loss)
+
+    def reads_tokens(self, is_built_on_rank: Callable[[], bool]) -> bool:
+        return True
 
 
 class ExactGPTModel(host.MegatronGPTModel):
@@ -167,24 +189,14 @@ class ExactGPTModel(host.MegatronGPTModel):
     exact: _Run
 
     def model_provider_func(self, pre_process: bool, post_process: bool) -> Any:
-        config = self.transformer_config
-        if config.calculate_per_token_loss or getattr(config, "mtp_num_layers", None):
-            raise ValueError(
-                "EXACT divides the loss itself and knows one prediction per target: unset calculate_per_token_loss and mtp_num_layers "
-                "in model.mcore_customization_config"
-            )
-        reasons = unsupported_loss(config)
-        if reasons:
-            raise ValueError("EXACT refuses this run:\n  " + "\n  ".join(reasons))
-        if not masked(self.cfg):
-            return super().model_provider_func(pre_process, post_process)
-        with masking_documents(MaskAttention):
-            model = super().model_provider_func(pre_process, post_process)
-        check_masked(model, self.cfg.data.seq_length)
-        return model
+        refuse(reasons(BUILT, self.transformer_config))
+        self.exact.masking, self.exact.seq_length = masked(self.cfg), self.cfg.data.seq_length
+        build = functools.partial(super().model_provider_func, pre_process, post_process)
+        return self.exact.build_masked(build, MaskAttention)
 
     def build_train_valid_test_datasets(self) -> Any:
-        with replaced(vars(host), "BlendedMegatronDatasetBuilder", functools.partial(_Builder, self)):
+        builder = functools.partial(HostBuilder, self.exact)
+        with replaced(vars(host), "BlendedMegatronDatasetBuilder", builder):
             return super().build_train_valid_test_datasets()
 
     def get_batch_on_this_context_parallel_rank(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -223,9 +235,7 @@ class ExactGPTModel(host.MegatronGPTModel):
 
             return output, weighted
 
-        return (
-            feed_documents(forward_step, self.cfg.data.seq_length, in_mask=True) if masked(self.cfg) else forward_step
-        )
+        return feed_documents(forward_step, run.seq_length, in_mask=True) if run.masking else forward_step
 
     def fwd_bwd_step(self, dataloader_iter: Any, forward_only: bool, first_val_step: Any = None) -> Any:
         run = self.exact
@@ -258,35 +268,8 @@ class ExactGPTModel(host.MegatronGPTModel):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.exact.loss.check()
         super().on_save_checkpoint(checkpoint)
-        checkpoint["exact"] = self.exact.state
+        checkpoint["exact"] = self.exact.entry
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_resumed(checkpoint.get("exact"), self.exact.state, self.exact.config, ANEW)
+        self.exact.guard(checkpoint.get("exact"))
         super().on_load_checkpoint(checkpoint)
-
-
-class _Builder(ExactDatasetBuilder):
-    """What build_train_valid_test_datasets calls in place of BlendedMegatronDatasetBuilder."""
-
-    def __init__(self, model: ExactGPTModel, cls: Any, sizes: Any, is_built_on_rank: Any, config: Any) -> None:
-        self.model = model
-        own = masked(model.cfg)
-        if own:  # dense masks are not needed
-            config.reset_attention_mask = config.create_attention_mask = False
-        super().__init__(
-            cls, sizes, is_built_on_rank, config, exact=model.exact.config, loss=model.exact.loss, emit_cu_seqlens=own
-        )
-
-    def build(self) -> list[Any]:
-        datasets, run = super().build(), self.model.exact
-        assert self.table is not None and self.census is not None
-        run.state = {**run.config.to_dict(), "table": self.table.digest, "census": self.census.digest}
-        if torch.distributed.get_rank() == 0:
-            masking = (
-                "masked by DocumentAttention, in place of the dense masks of model.data.reset_attention_mask"
-                if self.emit_cu_seqlens
-                else "not masked: documents in a sample see each other (model.exact.allow_unmasked_documents=true)"
-            )
-            hooked = "hooked      data, loss and attention of MegatronGPTModel"
-            print("\n  ".join(["EXACT", hooked, f"masking     {masking}", *table_lines(self.table)]), flush=True)
-        return datasets

@@ -7,7 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..attention.supported import LOSS
 from ..config import PREFIX, ExactConfig, ExactError, as_mapping, parse_scalar
+from ..refusals import Row, is_above_1, is_set, reasons, unmasked
 from .settings import take_settings
 
 BRIDGE = "Megatron-Bridge is where NeMo trains language models now: exact_megatron.integrations.bridge"
@@ -66,6 +68,57 @@ def said(block: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: parse_scalar(value) if isinstance(value, str) else value for key, value in given.items()}
 
 
+# What would be weighted wrongly, by the paths of the block `model`; `asked` is whether masked documents were asked for.
+ROWS = (
+    Row(
+        "mcore_gpt",
+        lambda core: not core,
+        "model.mcore_gpt=false: the model from before megatron-core is not hooked. Set it to true",
+    ),
+    Row(
+        "fsdp",
+        is_set,
+        "model.fsdp=true: its gradients are reduced in another way, which nobody has compared. Use DDP or a distributed optimizer",
+    ),
+    Row(
+        "virtual_pipeline_model_parallel_size",
+        is_above_1,
+        "model.virtual_pipeline_model_parallel_size: NeMo's own model refuses it at the first validation. Set it to null",
+    ),
+    Row(
+        "data.legacy_dataset",
+        is_set,
+        "model.data.legacy_dataset=true: only megatron-core's GPTDataset is weighted. Set it to false",
+    ),
+    Row(
+        "data.data_impl",
+        lambda kind: kind == "mock",
+        "model.data.data_impl=mock: mock data have no documents. Set it to mmap",
+    ),
+    Row("data.add_fim", is_set, "model.data.add_fim=true: fill-in-the-middle reorders documents. Set it to false"),
+    Row(
+        "data.data_prefix",
+        lambda prefix: not prefix,
+        "model.data.data_prefix is missing: give the prefix of a .bin/.idx pair",
+    ),
+    Row(
+        "asked exact.allow_unmasked_documents",
+        lambda asked, accepted: not asked and not accepted,
+        unmasked("model.data.reset_attention_mask=true (EXACT does it with an attention of its own)"),
+    ),
+)
+# What of the TransformerConfig that NeMo makes of it.
+BUILT = (
+    Row(
+        "calculate_per_token_loss mtp_num_layers",
+        lambda per_token, depths: per_token or depths,
+        "EXACT divides the loss itself and knows one prediction per target: unset calculate_per_token_loss and mtp_num_layers "
+        "in model.mcore_customization_config",
+    ),
+    *LOSS,
+)
+
+
 def refusals(model: Mapping[str, Any], config: ExactConfig) -> list[str]:
     """What of a NeMo YAML run EXACT would weight wrongly, in words; empty is a run that can start.
 
@@ -73,28 +126,7 @@ def refusals(model: Mapping[str, Any], config: ExactConfig) -> list[str]:
         model: the block `model` of the configuration.
         config: the settings.
     """
-    data = model.get("data") or {}
-    refused = {
-        "model.mcore_gpt=false: the model from before megatron-core is not hooked. Set it to true": not model.get(
-            "mcore_gpt"
-        ),
-        "model.fsdp=true: its gradients are reduced in another way, which nobody has compared. Use DDP or a distributed "
-        "optimizer": model.get("fsdp"),
-        "model.virtual_pipeline_model_parallel_size: NeMo's own model refuses it at the first validation. Set it to null": (
-            model.get("virtual_pipeline_model_parallel_size") or 1
-        )
-        > 1,
-        "model.data.legacy_dataset=true: only megatron-core's GPTDataset is weighted. Set it to false": data.get(
-            "legacy_dataset"
-        ),
-        "model.data.data_impl=mock: mock data have no documents. Set it to mmap": data.get("data_impl") == "mock",
-        "model.data.add_fim=true: fill-in-the-middle reorders documents. Set it to false": data.get("add_fim"),
-        "model.data.data_prefix is missing: give the prefix of a .bin/.idx pair": not data.get("data_prefix"),
-        "documents in a sample would see each other, and the weights would not measure what a target sees. Ask for masking with "
-        "model.data.reset_attention_mask=true (EXACT does it with an attention of its own), or accept it with "
-        "model.exact.allow_unmasked_documents=true": not masked(model) and not config.allow_unmasked_documents,
-    }
-    return [reason for reason, wrong in refused.items() if wrong]
+    return reasons(ROWS, {"exact": config, "asked": masked(model)}, model)
 
 
 def masked(model: Mapping[str, Any]) -> bool:

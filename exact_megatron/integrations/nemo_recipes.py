@@ -18,13 +18,14 @@ from typing import Any
 import nemo
 import torch
 
-from ..attention.supported import unsupported_loss
-from ..config import ExactError, QKTimingConfig
-from ..dataset import ExactDatasetBuilder, ExactGPTDataset, from_rank_0, members
+from ..attention.supported import LOSS
+from ..config import ExactConfig, ExactError, QKTimingConfig
+from ..dataset import ExactGPTDataset, from_rank_0, members
 from ..loss import ExactLoss, gpt_loss
 from ..packing import read_index
-from .checkpoint_guard import check_resumed, refuse_unweighted, table_lines
+from ..refusals import Row, is_above_1, is_set, reasons, refuse, unmasked
 from .documents import MaskAttention, check_masked, join_boundaries, masking_documents
+from .host import DENSE_MASKS, Host, HostBuilder, Words, say
 from .loss_sums import LossSums
 from .nemo_arguments import check_version, settings
 from .timing import before_nemo_step
@@ -34,6 +35,66 @@ check_version(nemo.__version__, recipes=True)
 from lightning.pytorch.callbacks import Callback  # noqa: E402
 from nemo.collections.llm.gpt.model.base import GPTModel, gpt_data_step, gpt_forward_step  # noqa: E402
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction  # noqa: E402
+
+WORDS = Words(
+    hooked="data, loss and attention of NeMo's GPTModel",
+    anew="start anew with another log directory",
+    ask="reset_attention_mask",
+    unmasked="not masked (allow_unmasked_documents)",
+)
+
+
+def _other(model: Any) -> bool:
+    """Whether a kind of GPTModel takes its loss or its batches in a way of its own."""
+    names = ("training_loss_reduction", "validation_loss_reduction", "data_step")
+    return any(getattr(type(model), name) is not getattr(GPTModel, name) for name in names)
+
+
+# What would be weighted wrongly: `model` is the module, `config` its GPTConfig, `strategy` and `data` are the trainer's.
+OTHER_MODEL = Row(
+    "model",
+    lambda model: not isinstance(model, GPTModel),
+    lambda model: f"the model is {type(model).__name__}: only nemo.collections.llm's GPTModel and its kin are hooked",
+)
+ROWS = (
+    Row("model", _other, lambda model: f"{type(model).__name__} has a loss of its own"),
+    Row(
+        "config.data_step_fn config.forward_step_fn",
+        lambda *steps: steps != (gpt_data_step, gpt_forward_step),
+        "the model's config has a data_step_fn or forward_step_fn of its own",
+    ),
+    Row(
+        "config.mtp_num_layers",
+        is_set,
+        "config.mtp_num_layers: multi-token prediction uses the weights of one depth for another. Unset it",
+    ),
+    Row(
+        "strategy.virtual_pipeline_model_parallel_size",
+        is_above_1,
+        "virtual_pipeline_model_parallel_size: only one model chunk a rank is hooked. Unset it",
+    ),
+    Row(
+        "strategy.fsdp",
+        is_set,
+        "fsdp: its gradients are reduced in another way, which nobody has compared. Unset it",
+    ),
+    Row(
+        "strategy.context_parallel_size data.eod_mask_loss config.calculate_per_token_loss",
+        lambda cp, eod, per_token: is_above_1(cp) and eod and not per_token,
+        lambda cp, *_: (
+            f"context_parallel_size={cp} with eod_mask_loss: each rank would divide by its own count of targets. Set "
+            "calculate_per_token_loss=True in the model's config"
+        ),
+    ),
+    Row(
+        "data.reset_attention_mask exact.allow_unmasked_documents",
+        lambda asked, accepted: not asked and not accepted,
+        unmasked(
+            "PreTrainingDataModule(reset_attention_mask=True) (EXACT does it with an attention of its own)",
+            "ExactCallback(allow_unmasked_documents=True)",
+        ),
+    ),
+)
 
 
 class ExactDataset(ExactGPTDataset):
@@ -101,15 +162,13 @@ class ExactCallback(Callback):
 
     def __init__(self, enabled: bool = True, **options: Any) -> None:
         self.config = settings({"enabled": enabled, **options})
-        self.loss = ExactLoss(self.config)
-        self.state: dict[str, Any] = {}
-        self.masked = False
+        self.host = Host(self.config, WORDS)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         data = trainer.datamodule
         splits = [getattr(data, name, None) for name in ("_train_ds", "_validation_ds", "_test_ds")]
         parts = list(members(splits))
-        if not self.config.enabled or self.state:
+        if not self.config.enabled or self.host.weighted:
             for part in parts:
                 part.seen = True
             return
@@ -119,73 +178,22 @@ class ExactCallback(Callback):
                 f"EXACT weights ExactDataset, and the data module built {', '.join(sorted(strange)) or 'nothing'}: give it real data and "
                 "PreTrainingDataModule(dataset_cls=ExactDataset)"
             )
-        reasons = self._refusals(trainer, pl_module, data)
-        if reasons:
-            raise ValueError("EXACT refuses this run:\n  " + "\n  ".join(reasons))
-        self.masked = bool(data.reset_attention_mask)
+        refuse(refusals(trainer, pl_module, self.config))
+        host = self.host
+        host.masking, host.seq_length = bool(data.reset_attention_mask), data.seq_length
+        # wrapped before the builder binds the weights to the loss
+        pl_module._training_loss_reduction = ExactLossReduction(host.loss)
+        pl_module._validation_loss_reduction = ExactLossReduction(host.loss, validation_step=True)
+        builder = HostBuilder(host, ExactDataset, [1, 1, 1], lambda: True, parts[0].config)
         for part in parts:
             part.seen = True
-            if self.masked:  # dense masks are not needed
-                part.config.reset_attention_mask = part.config.create_attention_mask = False
-        # wrapped before the builder binds the weights to the loss
-        pl_module._training_loss_reduction = ExactLossReduction(self.loss)
-        pl_module._validation_loss_reduction = ExactLossReduction(self.loss, validation_step=True)
-        config = parts[0].config
-        builder = ExactDatasetBuilder(
-            ExactDataset,
-            [1, 1, 1],
-            lambda: True,
-            config,
-            exact=self.config,
-            loss=self.loss,
-            emit_cu_seqlens=self.masked,
-        )
+            if host.masking:  # dense masks are not needed
+                for name in [name for name in DENSE_MASKS if hasattr(part.config, name)]:
+                    setattr(part.config, name, False)
         from_rank_0(builder.check_files)
         builder.weight(splits)
-        assert builder.table is not None and builder.census is not None
-        self.state = {**self.config.to_dict(), "table": builder.table.digest, "census": builder.census.digest}
-        if self.masked:
+        if host.masking:
             self._mask(pl_module, data.seq_length)
-        if trainer.global_rank == 0:
-            masking = "masked by DocumentAttention" if self.masked else "not masked (allow_unmasked_documents)"
-            hooked = "hooked      data, loss and attention of NeMo's GPTModel"
-            print("\n  ".join(["EXACT", hooked, f"masking     {masking}", *table_lines(builder.table)]), flush=True)
-
-    def _refusals(self, trainer: Any, pl_module: Any, data: Any) -> list[str]:
-        if not isinstance(pl_module, GPTModel):
-            return [
-                f"the model is {type(pl_module).__name__}: only nemo.collections.llm's GPTModel and its kin are hooked"
-            ]
-        config, strategy, kind = pl_module.config, trainer.strategy, type(pl_module)
-        own_loss = any(
-            getattr(kind, name) is not getattr(GPTModel, name)
-            for name in ("training_loss_reduction", "validation_loss_reduction", "data_step")
-        )
-        own_step = (config.data_step_fn, config.forward_step_fn) != (gpt_data_step, gpt_forward_step)
-        cp = strategy.context_parallel_size
-        refused = {
-            f"{kind.__name__} has a loss of its own": own_loss,
-            "the model's config has a data_step_fn or forward_step_fn of its own": own_step,
-            "config.mtp_num_layers: multi-token prediction uses the weights of one depth for another. Unset it": getattr(
-                config, "mtp_num_layers", None
-            ),
-            "virtual_pipeline_model_parallel_size: only one model chunk a rank is hooked. Unset it": (
-                strategy.virtual_pipeline_model_parallel_size or 1
-            )
-            > 1,
-            "fsdp: its gradients are reduced in another way, which nobody has compared. Unset it": getattr(
-                strategy, "fsdp", None
-            ),
-            f"context_parallel_size={cp} with eod_mask_loss: each rank would divide by its own count of targets. Set "
-            "calculate_per_token_loss=True in the model's config": cp > 1
-            and data.eod_mask_loss
-            and not config.calculate_per_token_loss,
-            "documents in a sample would see each other, and the weights would not measure what a target sees. Ask for masking with "
-            "PreTrainingDataModule(reset_attention_mask=True) (EXACT does it with an attention of its own), or accept it with "
-            "ExactCallback(allow_unmasked_documents=True)": not data.reset_attention_mask
-            and not self.config.allow_unmasked_documents,
-        }
-        return [reason for reason, wrong in refused.items() if wrong] + unsupported_loss(config)
 
     def _mask(self, pl_module: Any, seq_length: int) -> None:
         """Boundaries go beside the batch, which is cut under context parallelism, and enter the model as attention_mask."""
@@ -206,34 +214,46 @@ class ExactCallback(Callback):
         config.data_step_fn, config.forward_step_fn = data_step, forward_step
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if self.masked:
+        if self.host.weighted and self.host.masking:
             model = pl_module.module
             while not hasattr(model, "decoder"):
                 model = model.module
-            check_masked(model, trainer.datamodule.seq_length)
+            check_masked(model, self.host.seq_length)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        if self.state:
+        if self.host.weighted:
             for name, value in pl_module._training_loss_reduction.sums.reduced().items():
                 pl_module.log(name, value, rank_zero_only=True, batch_size=1)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.state:
+        if self.host.weighted:
             for name, value in pl_module._validation_loss_reduction.sums.reduced().items():
                 pl_module.log(f"val {name}", value, rank_zero_only=True, batch_size=1)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.loss.check()
+        self.host.loss.check()
 
     def state_dict(self) -> dict[str, Any]:
-        self.loss.check()  # a checkpoint is about to be written
-        return self.state
+        self.host.loss.check()  # a checkpoint is about to be written
+        return self.host.entry
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        anew = "start anew with another log directory"
-        refuse_unweighted(state_dict, self.config, anew)
-        if self.state:
-            check_resumed(state_dict, self.state, self.config, anew)
+        self.host.guard(state_dict)
+
+
+def refusals(trainer: Any, model: Any, config: ExactConfig) -> list[str]:
+    """What of a NeMo 2 run EXACT would weight wrongly, in words; empty is a run that can start.
+
+    Args:
+        trainer: Lightning's, with NeMo's strategy and data module.
+        model: the LightningModule.
+        config: the settings.
+    """
+    found = reasons([OTHER_MODEL], {"model": model})
+    if found:
+        return found
+    parts = {"config": model.config, "strategy": trainer.strategy, "data": trainer.datamodule}
+    return reasons(ROWS, {"model": model, "exact": config, **parts}) + reasons(LOSS, model.config)
 
 
 class QKTimingCallback(Callback):
@@ -248,9 +268,4 @@ class QKTimingCallback(Callback):
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         if self.config.enabled:
-            before_nemo_step(self.config, trainer, list(trainer.strategy.megatron_parallel), self._say)
-
-    @staticmethod
-    def _say(line: str) -> None:
-        if torch.distributed.get_rank() == 0:
-            print(line, flush=True)
+            before_nemo_step(self.config, trainer, list(trainer.strategy.megatron_parallel), say)

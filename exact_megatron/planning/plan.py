@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..allocation import WeightTable
-from ..training.determinism import CUDNN, FLASH_ATTN, FUSED_LIMIT, attention_size, attention_workspace
+from ..attention.supported import DETERMINISTIC_LIMIT
+from ..training.determinism import CUDNN, FLASH_ATTN, attention_size, attention_workspace
 from ..utils.environment import GIB
 from .data import Data, read_data
 from .flops import flops_per_token
@@ -171,10 +172,10 @@ def notes(run: RunConfig) -> list[str]:
             f"model.deterministic_mode=true: on Hopper cuDNN before {CUDNN // 10000}.{CUDNN // 100 % 100} takes another "
             f"{attention_workspace(run) / GIB:,.1f} GiB for the backward of attention"
         )
-        if attention_size(run) >= FUSED_LIMIT:
+        if attention_size(run) >= DETERMINISTIC_LIMIT:
             found.append(
                 f"model.deterministic_mode=true: on Hopper with Transformer Engine this needs flash-attn >= {FLASH_ATTN}, which attends "
-                f"where documents x heads x longest query x longest key reach {FUSED_LIMIT:,}"
+                f"documents whose heads x queries x keys reach {DETERMINISTIC_LIMIT:,}"
             )
     if m.pipeline_model_parallel_size > run.num_microbatches:
         found.append(f"{run.num_microbatches} micro-batches leave some of the pipeline's stages idle all the time")

@@ -39,18 +39,9 @@ import numpy as np
 
 from ..utils.files import read_json, write_json, writing
 from ..utils.tokenizer import EOD, added_tokens, find_eod, identity, load_tokenizer, tokenizer_file
-from .corpus import (
-    GLOBS,
-    RECORDS,
-    File,
-    LeftOut,
-    Shard,
-    cut_shards,
-    list_files,
-    merge_left_out,
-    read_documents,
-    stable_hash,
-)
+from .files import GLOBS, File, LeftOut, list_files, merge_left_out
+from .formats import RECORDS
+from .shards import Shard, cut_shards, read_documents, stable_hash
 from .tokenizer import train_bpe
 
 FORMAT = 2
@@ -202,6 +193,11 @@ def _encode_all(
     return order
 
 
+def _part(parts: Path, name: str) -> dict[str, Any]:
+    """What `_write_part` says of a finished shard."""
+    return _read_record(parts / f"{name}.json", f"remove {parts} and run again")
+
+
 def _join_parts(parts: Path, names: Sequence[str], split: str, dtype: type, left: Sequence[str]) -> dict[str, Any]:
     """Join one split's parts into ``parts``/joined.bin and .idx; returns its counts or raises ValueError."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -213,7 +209,7 @@ def _join_parts(parts: Path, names: Sequence[str], split: str, dtype: type, left
     with writing(f"{joined}.bin"):
         builder = IndexedDatasetBuilder(f"{joined}.bin", dtype=dtype)
         for name in names:
-            record = read_json(parts / f"{name}.json")["splits"][SPLITS.index(split)]
+            record = _part(parts, name)["splits"][SPLITS.index(split)]
             top = max(top, record.pop("max_token_id"))
             total.update(record)
             if record["bytes"]:
@@ -234,11 +230,21 @@ def _join_parts(parts: Path, names: Sequence[str], split: str, dtype: type, left
     return counts | {"max_token_id": top, "bytes": size} | {f"{key}_documents": total[key] for key in COUNTED}
 
 
+def _read_record(path: str | Path, remedy: str) -> dict[str, Any]:
+    """A file that `prepare` wrote, {} where there is none; ValueError with the remedy where it is damaged."""
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from None
+
+
 def _is_current(prefix: Path, splits: Sequence[str], digest: str) -> bool:
     """Whether PREFIX is whole, was made from these settings, and its tokenizer is unchanged."""
     for path in (f"{prefix}{split}" for split in splits):
-        meta = read_json(f"{path}.json")
+        meta = _read_record(f"{path}.json", f"--overwrite prepares {prefix} again")
         if meta.get("settings") != digest or not os.path.exists(f"{path}.idx"):
+            return False
+        if not meta.keys() >= {"tokenizer", "tokenizer_sha256", "bytes", "left_out"}:
             return False
         tokenizer = tokenizer_file(prefix.parent / meta["tokenizer"])
         if not tokenizer.exists() or _sha256(tokenizer) != meta["tokenizer_sha256"]:
@@ -250,8 +256,7 @@ def _is_current(prefix: Path, splits: Sequence[str], digest: str) -> bool:
 
 def _settings(parts: Path) -> dict[str, Any]:
     """Of the unfinished run in ``parts``: "data", "job", "shard_bytes"; {} without one, or of an older version."""
-    settings = read_json(parts / "settings.json")
-    return settings if isinstance(settings, dict) else {}
+    return _read_record(parts / "settings.json", f"remove {parts} and run again")
 
 
 def _train(
@@ -386,7 +391,7 @@ def prepare(
             names = _encode_all(shards, parts, job, pool, workers + 1, size, quiet)
         finally:
             pool.shutdown(cancel_futures=True)
-        left = [LeftOut(*item) for name in names for item in read_json(parts / f"{name}.json")["left_out"]]
+        left = [LeftOut(*item) for name in names for item in _part(parts, name)["left_out"]]
         left_out = _describe(merge_left_out([*beside, *left]))
         if not quiet:
             _say_all(left_out)

@@ -135,7 +135,7 @@ def _described(prefix: str) -> dict[str, int]:
         return {key: int(facts[key]) for key in ("vocab_size", "eod_id")}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} does not give vocab_size and eod_id ({error!r}): prepare the data again, or remove it"
+            f"{path} does not give vocab_size and eod_id ({error!r}): prepare the data again with --overwrite, or remove it"
         ) from error
 
 

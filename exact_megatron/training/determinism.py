@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ..attention.supported import DETERMINISTIC_LIMIT
 from ..utils.environment import GIB
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ TRANSFORMER_ENGINE = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
 NCCL_ALGO = ("Ring", "CollnetDirect", "CollnetChain", "^NVLS")  # Megatron-LM 0.19's; a list of them is fine
 CUDNN = 92500  # from here on cuDNN's deterministic backward on Hopper needs no quadratic memory
 FLASH_ATTN = "2.4.1"  # the first with a deterministic backward
-# Documents x heads x longest query x longest key: from here on Transformer Engine gives a deterministic backward of packed documents on
-# Hopper to no cuDNN of any version (attention/dot_product_attention/utils.py, SM90_DET_FUSED_THD_BWD_MAX_BHSS).
-FUSED_LIMIT = 1 << 30
 
 
 def missing_environment(environment: Mapping[str, str], *, transformer_engine: bool, ranks: int) -> list[str]:
@@ -64,16 +62,13 @@ def attention_workspace(run: RunConfig) -> int:
 
 
 def attention_size(run: RunConfig) -> int:
-    """Documents x heads x longest query x longest key, the most that one call of DocumentAttention can have; see FUSED_LIMIT.
+    """Heads x query tokens x key tokens of the longest document that the run's windows allow; see DETERMINISTIC_LIMIT.
 
-    With document masking one document is as long as the others leave room, and the others have a token each: many short documents
-    beside a long one count far more than one that fills the window.
+    Several documents do not add up: attention/kernels.py calls Transformer Engine for as many at a time as stay below the limit.
     """
     heads, queries, keys = _call(run)
-    m = run.model
-    s, batch = m.data.seq_length, max(1, queries // m.data.seq_length)
-    counts = range(batch, queries + 1) if m.data.document_masking else [batch]
-    return heads * max(n * min(s, queries - n + 1) * min(s, keys - n + 1) for n in counts)
+    s = run.model.data.seq_length
+    return heads * min(s, queries) * min(s, keys)
 
 
 def _call(run: RunConfig) -> tuple[int, int, int]:
@@ -109,7 +104,7 @@ def _graph_tokens(tokens: int) -> int:
 
 
 def check(run: RunConfig) -> None:
-    """Refuse a deterministic run that this machine's GPU and environment cannot give.
+    """Reject a deterministic run that this machine's GPU and environment cannot give.
 
     Raises:
         ValueError: model.deterministic_mode=true and a variable is missing or has another value, or the attention cannot fit.
@@ -132,10 +127,10 @@ def check(run: RunConfig) -> None:
     fused, size = os.environ.get("NVTE_FUSED_ATTN") != "0", attention_size(run)
     m = run.model
     tokens = f"model.data.seq_length={m.data.seq_length} x model.micro_batch_size={m.micro_batch_size}"
-    if not _flash_attention() and (not fused or size >= FUSED_LIMIT):
+    if not _flash_attention() and (not fused or size >= DETERMINISTIC_LIMIT):
         why = (
-            f"on Hopper Transformer Engine gives its deterministic backward to no cuDNN from documents x heads x longest query x longest "
-            f"key = {FUSED_LIMIT:,} on, and {tokens} can reach {size:,}"
+            f"on Hopper Transformer Engine gives its deterministic backward to no cuDNN from heads x queries x keys of a document = "
+            f"{DETERMINISTIC_LIMIT:,} on, and {tokens} can reach {size:,}"
             if fused
             else "NVTE_FUSED_ATTN=0 forbids cuDNN's attention"
         )

@@ -12,6 +12,7 @@ from megatron.core.num_microbatches_calculator import (
 )
 
 from . import determinism
+from .auxiliary_losses import forget_auxiliary_losses
 from .schema import RunConfig
 
 
@@ -56,6 +57,7 @@ def init_distributed(run: RunConfig) -> torch.device:
         pipeline_model_parallel_size=m.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=m.virtual_pipeline_model_parallel_size,
         context_parallel_size=m.context_parallel_size,
+        expert_model_parallel_size=m.expert_model_parallel_size,
     )
     seed_all(m.seed)
     init_num_microbatches_calculator(
@@ -73,5 +75,6 @@ def seed_all(seed: int) -> None:
 
 def shutdown() -> None:
     """Undo init_distributed but for the process group, so that the next Trainer in this process may have another layout."""
+    forget_auxiliary_losses()
     parallel_state.destroy_model_parallel()
     destroy_num_microbatches_calculator()

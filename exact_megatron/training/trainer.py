@@ -21,8 +21,10 @@ from ..dataset import from_rank_0, members
 from ..loss import EXACT_LOSS, LM_LOSS, ExactLoss, bucket_of, gpt_loss
 from ..qk_timing import QKTiming
 from . import checkpoint, checkpoint_files, checkpoint_state
+from .auxiliary_losses import read_auxiliary_losses
 from .data import STOP_SIGNALS, build_datasets, build_loader, get_batch
-from .data_files import read_vocabulary
+from .data_files import Vocabulary, read_vocabulary
+from .lengths import check_lengths
 from .memory_record import record_memory
 from .metrics_log import RunLog
 from .model import build_model, build_optimizer
@@ -62,7 +64,7 @@ class Trainer:
         self.is_first = torch.distributed.get_rank() == 0
         self.console = Console(stderr=True, quiet=not (self.is_first and progress))
         self.run_dir = Path(run.exp_manager.exp_dir)
-        self.vocabulary = from_rank_0(lambda: read_vocabulary(run))
+        self.vocabulary = from_rank_0(partial(_look_at_data, run))
         self.loss = ExactLoss(run.model.exact)
         self.loss_func = self.loss.wrap(gpt_loss) if run.model.exact.enabled else gpt_loss
         (self.train_data, self.valid_data, _), self.builder = build_datasets(run, self.vocabulary, self.loss)
@@ -118,9 +120,13 @@ class Trainer:
             self.run_dir, self.step, self.model, self.optimizer, self.scheduler, self.state(), params.save_top_k
         )
 
-    def _forward_step(self, loss_func: Any, iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
+    def forward_step(self, loss_func: Any, iterator: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
         batch, packed = get_batch(iterator, self.device, self.run.model.data.document_masking)
-        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
+        # multi-token prediction weights the targets of its depths by it
+        mask = {"loss_mask": batch["loss_mask"]} if self.run.model.mtp_num_layers else {}
+        losses = model(
+            batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed, **mask
+        )
         return losses, partial(loss_func, batch["loss_mask"])
 
     def _run_schedule(self, loader: Iterator[Any], loss_func: Any, forward_only: bool) -> dict[str, MeanLoss]:
@@ -129,7 +135,7 @@ class Trainer:
         micro_batches = [next(loader) for _ in range(self.run.num_microbatches)]
         iterators: list[Iterator[Any]] = [iter(micro_batches) for _ in self.model]
         reports = get_forward_backward_func()(
-            forward_step_func=partial(self._forward_step, loss_func),
+            forward_step_func=partial(self.forward_step, loss_func),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.model if len(self.model) > 1 else self.model[0],
             num_microbatches=self.run.num_microbatches,
@@ -192,6 +198,7 @@ class Trainer:
             "targets": report[LM_LOSS].targets,
             "tokens_per_s": self.run.tokens_per_step / seconds,
             "buckets": _buckets(report),
+            **read_auxiliary_losses(self.run, self.device),
         }
         if self.timing is not None:
             line["qk_factor"] = self.timing.factor
@@ -295,6 +302,12 @@ class Trainer:
         if self._signalled and number == signal.SIGINT:  # a second Ctrl-C does not wait for the checkpoint
             raise KeyboardInterrupt
         self._signalled = True
+
+
+def _look_at_data(run: RunConfig) -> Vocabulary:
+    vocabulary = read_vocabulary(run)
+    check_lengths(run)
+    return vocabulary
 
 
 def _refuse_not_finite(what: str, value: float | None, step: int) -> None:

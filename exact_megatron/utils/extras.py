@@ -9,6 +9,7 @@ MODULES = {
     "pyarrow": "prepare",
     "rich": "report",
     "matplotlib": "report",
+    "scipy": "report",
     "torch": "train",
     "megatron": "train",
     "omegaconf": "train",

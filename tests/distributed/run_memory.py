@@ -53,7 +53,7 @@ def forward(trainer, loader) -> dict[str, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), FlopCounterMode(display=False) as flops:
-        trainer._forward_step(trainer.loss_func, loader, trainer.model[0])
+        trainer.forward_step(trainer.loss_func, loader, trainer.model[0])
     products = flops.get_flop_counts()["Global"]
     matrices = sum(
         n for op, n in products.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)

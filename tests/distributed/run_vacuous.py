@@ -36,8 +36,10 @@ def main() -> None:
     import torch
 
     from exact_megatron.benchmark import dataset as benchmark_dataset
-    from exact_megatron.benchmark import one_rank, qk_timing, throughput
+    from exact_megatron.benchmark import one_rank, qk_timing
     from exact_megatron.benchmark import step as benchmark_step
+    from exact_megatron.benchmark.throughput import command as throughput
+    from exact_megatron.benchmark.throughput import jobs
     from exact_megatron.config import ExactError, QKTimingConfig
     from exact_megatron.loss import gpt_loss
     from exact_megatron.training import config
@@ -60,7 +62,7 @@ def main() -> None:
     options = vars(parser.parse_args(["--step-tokens=128", "--micro-tokens=64", "--blocks=1"]))
     cell = {"geometry": "tiny", "window": 64, "precision": "fp32"}
     job = {"job": "cell", "options": options, "cell": cell, "layers": 1, "peak": None}
-    run_job = functools.partial(throughput.run_job, write=lambda _: None)
+    run_job = functools.partial(jobs.run_job, write=lambda _: None)
     said = []
     for patch, call, given in (
         (off, benchmark_dataset.measure_getitem, getitem),

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-
 import pytest
 
 from tests.gpu.small import PRECISIONS
@@ -31,12 +27,11 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture
-def record(request):
-    """record(name=value, ...): a JSON line in $OUT/gpu_tests.jsonl, where a GPU session's results are kept."""
+def record(record_property):
+    """record(name=value, ...): what a test measured, in the report that pytest writes with --junitxml."""
 
     def write(**values):
-        if os.environ.get("OUT"):
-            with open(Path(os.environ["OUT"], "gpu_tests.jsonl"), "a") as file:
-                file.write(json.dumps({"test": request.node.name, **values}) + "\n")
+        for name, value in values.items():
+            record_property(name, value)
 
     return write

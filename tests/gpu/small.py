@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.helpers.tiny import write_documents
+
 FP8 = ("delayed", "tensorwise", "blockwise")
 PRECISIONS = ("fp32", "bf16", *FP8)  # fp32 is the CPU's
 SEQ_LENGTH = 256
@@ -34,17 +36,10 @@ def write_text(folder: Path, documents: int = 400) -> str:
     import inspect
     import typing
 
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
     text = "".join(inspect.getsource(module) for module in (argparse, inspect, typing)).encode()
     stream = np.frombuffer(text.replace(b"\0", b""), np.uint8)
     rng = np.random.default_rng(5)
     lengths = np.clip(rng.lognormal(4.5, 1.2, documents), 2, 4 * SEQ_LENGTH).astype(int)
     starts = rng.integers(0, len(stream) - 4 * SEQ_LENGTH, documents)
-    prefix = str(folder / "text")
-    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
-    for start, n in zip(starts.tolist(), lengths.tolist()):
-        builder.add_document(torch.from_numpy(np.append(stream[start : start + n - 1], 0).astype(np.int64)), [n])
-    builder.finalize(prefix + ".idx")
-    return prefix
+    pieces = zip(starts.tolist(), lengths.tolist())
+    return write_documents(folder / "text", (np.append(stream[start : start + n - 1], 0) for start, n in pieces))

@@ -1,8 +1,10 @@
-"""A tiny run on random documents of very uneven length, for the tests that train."""
+"""Small corpora, and a tiny run on random documents of very uneven length, for the tests that train."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,21 +12,37 @@ VOCABULARY = 96
 SEQ_LENGTH = 64
 
 
-def write_data(folder: Path, ordinary: int = 60) -> str:
-    """Documents of 1, 2, S - 1, S, S + 1 and 10 S tokens among `ordinary` short and as many longer ones, each closed by EOD (0)."""
+def write_documents(prefix: Path | str, documents: Iterable[Any], dtype: type = np.uint16) -> str:
+    """Write documents, each a sequence of token ids, as PREFIX.bin and PREFIX.idx with Megatron's own builder; returns the prefix."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    rng = np.random.default_rng(11)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for tokens in documents:
+        builder.add_document(torch.from_numpy(np.asarray(tokens, np.int64)), [len(tokens)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def write_data(
+    folder: Path,
+    name: str = "x",
+    seed: int = 11,
+    tokens: tuple[int, int] = (1, VOCABULARY),
+    eod: int = 0,
+    ordinary: int = 60,
+) -> str:
+    """Documents of 1, 2, S - 1, S, S + 1 and 10 S tokens among `ordinary` short and as many longer ones, each closed by its only EOD;
+    returns the prefix.
+
+    Args:
+        tokens: the least id, and the one after the last.
+    """
+    rng = np.random.default_rng(seed)
     s = SEQ_LENGTH
     lengths = [1, 2, s - 1, s, s + 1, 10 * s, *rng.integers(1, 12, ordinary), *rng.integers(1, 3 * s, ordinary)]
     rng.shuffle(lengths)
-    prefix = str(folder / "x")
-    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
-    for n in lengths:
-        builder.add_document(torch.from_numpy(np.append(rng.integers(1, VOCABULARY, n - 1), 0)), [int(n)])
-    builder.finalize(prefix + ".idx")
-    return prefix
+    return write_documents(folder / name, (np.append(rng.integers(*tokens, n - 1), eod) for n in lengths))
 
 
 def config_file(folder: Path, prefix: str) -> Path:

@@ -2,9 +2,8 @@
 
     bridge_cpu.py JOBS.json FOLDER
 
-A job is {"name", "port", "seconds", "mode", "arguments"}, arguments [SCRIPT, its own ...]; mode "plain" executes the script alone,
-"launch" goes through exact_megatron.integrations.bridge_launch. Each job is a fork of this process, which has paid for the
-imports; its output is FOLDER/NAME.RANK, its exit status the last line of it.
+A job (tests/helpers/jobs.py) has "mode" and "arguments", [SCRIPT, its own ...]; mode "plain" executes the script alone, "launch" goes
+through exact_megatron.integrations.bridge_launch.
 
 install() must come before megatron.bridge is imported. No file of Megatron-Bridge is edited.
 """
@@ -18,15 +17,13 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import json
-import os
-import signal
 import sys
-import traceback
 import types
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
+
+from tests.helpers.jobs import run_each, run_script
 
 # Of megatron.core, what looks for Transformer Engine: imported before there is a stub of it, so that it is found absent.
 CORE = """models.gpt.gpt_model models.gpt.gpt_layer_specs extensions.transformer_engine transformer.transformer_block optimizer
@@ -267,15 +264,12 @@ def run(job: dict) -> None:
         status = main(job["arguments"])
         if status:
             sys.exit(status)
-        return
-    sys.argv = list(job["arguments"])
-    script = Path(sys.argv[0])
-    sys.path.insert(0, str(script.parent))
-    exec(compile(script.read_text(), script, "exec"), {"__name__": "__main__", "__file__": str(script)})
+    else:
+        script, *arguments = job["arguments"]
+        run_script(Path(script), arguments)
 
 
 def main() -> None:
-    folder = Path(sys.argv[2])
     install()
     importlib.import_module("megatron.bridge.recipes")
     importlib.import_module("megatron.bridge.training.gpt_step")
@@ -285,27 +279,7 @@ def main() -> None:
     import exact_megatron.integrations.bridge_training  # noqa: F401
 
     torch.set_num_threads(1)
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        child = os.fork()
-        if child == 0:
-            log = os.open(folder / f"{job['name']}.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            os.environ["MASTER_PORT"] = str(job["port"])
-            status = 1
-            try:
-                signal.alarm(job["seconds"])
-                run(job)
-                status = 0
-            except SystemExit as end:
-                status = 0 if end.code in (None, 0) else 1
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                print(f"\nexit status {status}", flush=True)
-                sys.stderr.flush()
-                os._exit(status)
-        os.waitpid(child, 0)
+    run_each(sys.argv[1], Path(sys.argv[2]), run)
 
 
 if __name__ == "__main__":  # the writer of torch_dist checkpoints spawns a child that imports this file

@@ -2,9 +2,8 @@
 
     cpu_train.py CHECKOUT JOBS.json FOLDER
 
-A job is {"name", "port", "seconds", "mode", "arguments"}; mode "plain" executes the script alone, "launch" goes through
-exact_megatron.launch, "NAME.py" executes that script of the checkout alone. With a key "alone" the job has none of torchrun's variables.
-Each job is a fork of this process, which has paid for the imports; its output is FOLDER/NAME.RANK, its exit status the last line.
+A job (tests/helpers/jobs.py) has "mode" and "arguments"; mode "plain" executes the script alone, "launch" goes through
+exact_megatron.launch, "NAME.py" executes that script of the checkout alone.
 
 The CPU runtime of this project answers for the GPU in megatron.core; what else megatron.training asks of a GPU is answered
 here. Layer specs for a CPU are in cpu_spec.py.
@@ -15,14 +14,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import json
-import os
-import signal
 import sys
-import traceback
 import types
 from pathlib import Path
 from unittest.mock import MagicMock
+
+from tests.helpers.jobs import run_each, run_script
 
 
 def install() -> None:
@@ -71,43 +68,19 @@ def run(checkout: Path, job: dict) -> None:
         from exact_megatron.launch import main
 
         main(job["arguments"])
-        return
-    script = checkout / (job["mode"] if job["mode"].endswith(".py") else "pretrain_gpt.py")
-    sys.argv = [str(script), *job["arguments"]]
-    exec(compile(script.read_text(), script, "exec"), {"__name__": "__main__", "__file__": str(script)})
+    else:
+        run_script(checkout / (job["mode"] if job["mode"].endswith(".py") else "pretrain_gpt.py"), job["arguments"])
 
 
 def main() -> None:
-    checkout, folder = Path(sys.argv[1]), Path(sys.argv[3])
-    sys.path.insert(0, str(checkout))
+    checkout, table, folder = sys.argv[1:]
+    sys.path.insert(0, checkout)
     install()
     import cpu_spec  # noqa: F401
     import torch
 
     torch.set_num_threads(1)
-    for job in json.loads(Path(sys.argv[2]).read_text()):
-        child = os.fork()
-        if child == 0:
-            log = os.open(folder / f"{job['name']}.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            os.environ["MASTER_PORT"] = str(job["port"])
-            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if "alone" in job else ():
-                del os.environ[name]
-            status = 1
-            try:
-                signal.alarm(job["seconds"])
-                run(checkout, job)
-                status = 0
-            except SystemExit as end:
-                status = 0 if end.code in (None, 0) else 1
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                print(f"\nexit status {status}", flush=True)
-                sys.stderr.flush()
-                os._exit(status)
-        os.waitpid(child, 0)
+    run_each(table, Path(folder), lambda job: run(Path(checkout), job))
 
 
 if __name__ == "__main__":  # the writer of torch_dist checkpoints spawns a child that imports this file

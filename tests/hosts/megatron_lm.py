@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import json
 import os
-import random
 import re
 import shutil
-import socket
 import subprocess
-import sys
 import tarfile
-import time
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
+import pytest
 
-from tests.helpers.ranks import end
+from tests.helpers import jobs, ranks, tiny
+from tests.helpers.tiny import SEQ_LENGTH
 
 HERE = Path(__file__).parent
-SEQ_LENGTH = 64
 EOD = 95
 ABSENT = (
     "needs a checkout of Megatron-LM: MEGATRON_LM=/path/to/Megatron-LM (a git clone with its tags, or one unpacked version that "
@@ -80,20 +75,7 @@ def copy_checkout(ref: str, folder: Path) -> Path:
 
 
 def write_data(folder: Path, name: str, seed: int) -> str:
-    """Documents of 1, 2, S - 1, S, S + 1 and 10 S tokens among ordinary ones, each closed by its only EOD."""
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    rng = np.random.default_rng(seed)
-    s = SEQ_LENGTH
-    lengths = [1, 2, s - 1, s, s + 1, 10 * s, *rng.integers(1, 12, 60), *rng.integers(1, 3 * s, 60)]
-    rng.shuffle(lengths)
-    prefix = str(folder / name)
-    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
-    for n in lengths:
-        builder.add_document(torch.from_numpy(np.append(rng.integers(0, EOD, n - 1), EOD)), [int(n)])
-    builder.finalize(prefix + ".idx")
-    return prefix
+    return tiny.write_data(folder, name, seed, (0, EOD), EOD)
 
 
 def arguments(checkout: Path, folder: Path) -> list[str]:
@@ -117,54 +99,13 @@ def arguments(checkout: Path, folder: Path) -> list[str]:
     return text.split()
 
 
-def free_port() -> int:
-    """A port below those that the system gives to outgoing connections, since it is used minutes later."""
-    while True:
-        port = random.randrange(15000, 32000)
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
+def run_jobs(checkout: Path, folder: Path, world: int, table: list[dict]) -> None:
+    """Run jobs of cpu_train.py."""
+    ranks.run_jobs([str(HERE / "cpu_train.py"), str(checkout)], folder, world, table, [HERE, HERE.parent.parent])
 
 
-def run_jobs(checkout: Path, folder: Path, world: int, jobs: list[dict], seconds: int = 120) -> None:
-    """Run jobs {"name", "mode", "arguments"} one after another as `world` ranks; afterwards nothing of them is left."""
-    for job in jobs:
-        job.update(port=free_port(), seconds=seconds)
-    table = folder / f"jobs{world}.json"
-    table.write_text(json.dumps(jobs))
-    ranks = []
-    for rank in range(world):
-        env = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("EXACT_")},
-            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"},
-            **{"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "PYTHONWARNINGS": "ignore"},
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent.parent)]),
-        }
-        command = [sys.executable, str(HERE / "cpu_train.py"), str(checkout), str(table), str(folder)]
-        with open(folder / f"ranks{world}.{rank}", "w") as log:
-            ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder, start_new_session=True))
-    deadline = time.monotonic() + 120 + seconds * len(jobs)
-    try:
-        for rank in ranks:
-            rank.wait(timeout=max(1, deadline - time.monotonic()))
-    finally:
-        end(ranks)
-    for number, rank in enumerate(ranks):
-        assert rank.returncode == 0, (folder / f"ranks{world}.{number}").read_text()[-4000:]
-
-
-class Log:
-    """What a job printed, all ranks together."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.name = name
-        self.ranks = [path.read_text() for path in sorted(folder.glob(f"{name}.[0-9]"))]
-        self.text = "\n".join(self.ranks)
-
-    @property
-    def ok(self) -> bool:
-        return bool(self.ranks) and all(text.rstrip().endswith("exit status 0") for text in self.ranks)
+class Log(jobs.Log):
+    """With what Megatron-LM and Megatron-Bridge print."""
 
     def steps(self) -> dict[int, dict[str, str]]:
         """By iteration what the log line says of losses and gradient norm, as printed."""
@@ -178,6 +119,16 @@ class Log:
     def validation(self) -> dict[str, str]:
         line = re.search(r"validation loss at iteration \d+ on validation set.*", self.text)[0]
         return dict(re.findall(r"\| ((?:lm|exact) loss[\d -]*?) value: (\S+)", line))
+
+
+def assert_close(log: Log, reference: Log, steps: Iterable[int] = range(1, 9), rel: float = 1e-6) -> None:
+    """Printed losses and gradient norms agree to a unit or two of the last digit; nothing is printed by one alone."""
+    mine, theirs = log.steps(), reference.steps()
+    for step in steps:
+        assert mine[step].keys() == theirs[step].keys()
+        for key, value in theirs[step].items():
+            tolerance = 1e-3 if key == "grad norm" else rel
+            assert float(mine[step][key]) == pytest.approx(float(value), rel=tolerance), (step, key)
 
 
 PATCHES = HERE.parent.parent / "patches"

@@ -1,6 +1,6 @@
 """One rank that trains a tiny NeMo 2 GPTModel several times where torch has no CUDA: nemo_recipe_train.py JOBS.json FOLDER
 
-A job is {"name", "port", "seconds", "data", "exact", "model", "strategy", "module", "plain_data", "dataset_alone"}: settings of
+A job (tests/helpers/jobs.py) has "data", "exact", "model", "strategy", "module", "plain_data", "dataset_alone": settings of
 ExactCallback (absent: a plain run), arguments of GPTConfig, MegatronStrategy and PreTrainingDataModule, and whether ExactDataset is left
 out or alone. Losses and gradient norms go to FOLDER/NAME.RANK.json.
 
@@ -17,6 +17,8 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import nemo_train
+
+from tests.helpers.jobs import run_each
 
 
 def install() -> None:
@@ -108,4 +110,7 @@ def train(job: dict[str, Any], folder: Path) -> None:
 
 if __name__ == "__main__":
     install()
-    nemo_train.run_each(sys.argv[1], Path(sys.argv[2]), train)
+    import torch
+
+    torch.set_num_threads(1)
+    run_each(sys.argv[1], Path(sys.argv[2]), lambda job: train(job, Path(sys.argv[2])))

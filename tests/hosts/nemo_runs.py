@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import numpy as np
-
-from tests.helpers.ranks import end
-from tests.hosts.megatron_lm import HERE, SEQ_LENGTH, free_port
+from tests.helpers import jobs, ranks, tiny
+from tests.helpers.tiny import SEQ_LENGTH
+from tests.hosts.megatron_lm import HERE
 
 FOLDER = Path("examples/nlp/language_modeling")
 ABSENT = "needs a checkout of NeMo at tag v2.4.0: make test-nemo NEMO=/path/to/NeMo"
@@ -26,23 +21,8 @@ def examples() -> Path | None:
 
 
 def write_data(folder: Path, name: str, seed: int, least: int) -> str:
-    """Documents of 1, 2, S - 1, S, S + 1 and 10 S tokens among ordinary ones, each closed by its only EOD, 0.
-
-    Tokens are `least` and above; 1 is the byte-level tokenizer's pad.
-    """
-    import torch
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    rng = np.random.default_rng(seed)
-    s = SEQ_LENGTH
-    lengths = [1, 2, s - 1, s, s + 1, 10 * s, *rng.integers(1, 12, 60), *rng.integers(1, 3 * s, 60)]
-    rng.shuffle(lengths)
-    prefix = str(folder / name)
-    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
-    for n in lengths:
-        builder.add_document(torch.from_numpy(np.append(rng.integers(least, 95, n - 1), 0)), [int(n)])
-    builder.finalize(prefix + ".idx")
-    return prefix
+    """Tokens are `least` and above; 1 is the byte-level tokenizer's pad."""
+    return tiny.write_data(folder, name, seed, (least, 95))
 
 
 def arguments(folder: Path, name: str, data: str, world: int) -> list[str]:
@@ -63,46 +43,18 @@ def arguments(folder: Path, name: str, data: str, world: int) -> list[str]:
     return text.split()
 
 
-def run_jobs(folder: Path, world: int, jobs: list[dict], seconds: int = 120, recipes: bool = False) -> None:
-    """Run jobs of nemo_train.py, or of nemo_recipe_train.py, one after another as `world` ranks; afterwards nothing of them is left."""
-    for job in jobs:
-        job.update(port=free_port(), seconds=seconds)
-    table = folder / f"jobs{world}.json"
-    table.write_text(json.dumps(jobs))
-    ranks = []
-    for rank in range(world):
-        env = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("EXACT_")},
-            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"},
-            **{"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "PYTHONWARNINGS": "ignore"},
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
-        script = ["nemo_recipe_train.py"] if recipes else ["nemo_train.py", str(examples())]
-        command = [sys.executable, str(HERE / script[0]), *script[1:], str(table), str(folder)]
-        with open(folder / f"ranks{world}.{rank}", "w") as log:
-            ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder, start_new_session=True))
-    deadline = time.monotonic() + 120 + seconds * len(jobs)
-    try:
-        for rank in ranks:
-            rank.wait(timeout=max(1, deadline - time.monotonic()))
-    finally:
-        end(ranks)
-    for number, rank in enumerate(ranks):
-        assert rank.returncode == 0, (folder / f"ranks{world}.{number}").read_text()[-4000:]
+def run_jobs(folder: Path, world: int, table: list[dict], recipes: bool = False) -> None:
+    """Run jobs of nemo_train.py, or of nemo_recipe_train.py."""
+    script = ["nemo_recipe_train.py"] if recipes else ["nemo_train.py", str(examples())]
+    ranks.run_jobs([str(HERE / script[0]), *script[1:]], folder, world, table, [ROOT])
 
 
-class Log:
-    """What a job printed, all ranks together, and what it wrote for TensorBoard."""
+class Log(jobs.Log):
+    """With what NeMo wrote for TensorBoard."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.name, self.folder = name, folder / "exp" / name
-        self.ranks = [path.read_text() for path in sorted(folder.glob(f"{name}.[0-9]"))]
-        self.text = "\n".join(self.ranks)
-
-    @property
-    def ok(self) -> bool:
-        return bool(self.ranks) and all(text.rstrip().endswith("exit status 0") for text in self.ranks)
+        super().__init__(folder, name)
+        self.folder = folder / "exp" / name
 
     def steps(self) -> dict[str, dict[int, float]]:
         """{tag: {step: value}} from TensorBoard, float32 as written; step is the trainer's, also after a resume."""

@@ -2,9 +2,8 @@
 
     nemo_train.py EXAMPLES JOBS.json FOLDER
 
-EXAMPLES is examples/nlp/language_modeling of a NeMo checkout. A job is {"name", "port", "seconds", "arguments"} and may have a
-script of its own, an environment, and plugin: false. Each job is a fork of this process, which has paid for the imports; its
-output is FOLDER/NAME.RANK.
+EXAMPLES is examples/nlp/language_modeling of a NeMo checkout. A job (tests/helpers/jobs.py) has "arguments" and may have a script of
+its own, and plugin: false.
 
 The CPU runtime of this project answers for the GPU in megatron.core; what else NeMo asks of a GPU, of apex and of Transformer
 Engine is answered here.
@@ -12,15 +11,13 @@ Engine is answered here.
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import sys
-import traceback
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.jobs import run_each, run_script
 
 
 def install() -> None:
@@ -103,39 +100,17 @@ def run(examples: Path, job: dict) -> None:
     Singleton._instances.pop(Plugins, None)  # NeMo's imports have had them scanned
     if not job.get("plugin", True):
         sys.modules["hydra_plugins"] = None  # as where this package is not installed
-    script = examples / job.get("script", "megatron_gpt_pretraining.py")
-    sys.argv = [str(script), *job["arguments"]]
-    exec(compile(script.read_text(), script, "exec"), {"__name__": "__main__", "__file__": str(script)})
+    run_script(examples / job.get("script", "megatron_gpt_pretraining.py"), job["arguments"])
 
 
-def run_each(jobs: str, folder: Path, start: Callable[[dict, Path], None]) -> None:
-    """Fork for each job of a JSON file, with its output in FOLDER/NAME.RANK and its exit status as the last line of that."""
+def main() -> None:
+    install()
     import torch
 
     torch.set_num_threads(1)
-    for job in json.loads(Path(jobs).read_text()):
-        child = os.fork()
-        if child == 0:
-            log = os.open(folder / f"{job['name']}.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            os.environ.update(job.get("environment", {}), MASTER_PORT=str(job["port"]))
-            status = 1
-            try:
-                signal.alarm(job["seconds"])
-                start(job, folder)
-                status = 0
-            except SystemExit as end:
-                status = 0 if end.code in (None, 0) else 1
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                print(f"\nexit status {status}", flush=True)
-                sys.stderr.flush()
-                os._exit(status)
-        os.waitpid(child, 0)
+    examples, table, folder = sys.argv[1:]
+    run_each(table, Path(folder), lambda job: run(Path(examples), job))
 
 
 if __name__ == "__main__":  # the writer of torch_dist checkpoints spawns a child that imports this file
-    install()
-    run_each(sys.argv[2], Path(sys.argv[3]), lambda job, folder: run(Path(sys.argv[1]), job))
+    main()

@@ -10,7 +10,7 @@ import re
 import pytest
 
 from tests.hosts import megatron_bridge as mb
-from tests.hosts.megatron_lm import write_data
+from tests.hosts.megatron_lm import assert_close, write_data
 
 pytestmark = [
     pytest.mark.upstream,
@@ -142,16 +142,6 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def logs(folder):
     return lambda name: mb.log(folder, name)
-
-
-def assert_close(log, reference, steps=range(1, 9)):
-    """Printed losses and gradient norms agree to a unit or two of the last digit; nothing is printed by one alone."""
-    mine, theirs = log.steps(), reference.steps()
-    for step in steps:
-        assert mine[step].keys() == theirs[step].keys()
-        for key, value in theirs[step].items():
-            tolerance = 1e-3 if key == "grad norm" else 1e-6
-            assert float(mine[step][key]) == pytest.approx(float(value), rel=tolerance), (step, key)
 
 
 def weighted_samples(log) -> list[int]:

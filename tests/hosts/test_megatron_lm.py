@@ -7,6 +7,8 @@ import re
 
 import pytest
 
+from exact_megatron.attention import supported
+from exact_megatron.integrations import megatron_lm_arguments as arguments
 from tests.helpers import ranks
 from tests.hosts import megatron_lm as lm
 
@@ -106,6 +108,7 @@ def logs(request, tmp_path_factory):
             str(folder / "tensorboard"),
             *wandb,
         ),
+        {"name": "parsed", "mode": str(lm.HERE / "parsed.py"), "arguments": [*stock, "--data-path", data]},
         {
             "name": "patched",
             "mode": lm.patched(checkout, folder),
@@ -214,15 +217,10 @@ def test_the_native_runner_computes_the_same_losses(logs):
 
 
 def assert_close(log, reference, steps=range(1, 9)):
-    """Printed losses and gradient norms agree to a unit or two of the last digit; nothing is printed by one alone."""
-    mine, theirs = log.steps(), reference.steps()
-    for step in steps:
-        assert mine[step].keys() == theirs[step].keys()
-        for key, value in theirs[step].items():
-            assert float(mine[step][key]) == pytest.approx(float(value), rel=1e-3 if key == "grad norm" else 1e-6), (
-                step,
-                key,
-            )
+    """Tensor parallelism rounds every product otherwise than one rank does, and what rounding does grows from step to step: Adam's first
+    update is lr * sign(gradient), also where the gradient is nothing but rounding. Weights of one rank that differ by one ULP of
+    float32 give losses that differ by more than 1e-6 a few steps later, so that the bound there is the project's own, 1e-5."""
+    lm.assert_close(log, reference, steps, rel=1e-5 if re.search("tp2|sp", log.name) else 1e-6)
 
 
 def test_alpha_0_is_the_stock_script_to_the_printed_digit(logs):
@@ -391,6 +389,27 @@ def test_upstreams_masking_is_used_or_replaced_where_it_is_wrong(logs, name):
     assert_close(logs(name), logs("one_rank"))
     theirs = "masked by --dataloader-inter-document-masking (Megatron-LM's)" in logs(name).text
     assert theirs == (name in ("thd", "thd_pp2_mbs1"))
+
+
+def test_doctor_reads_command_lines_as_megatrons_parser_does(logs):
+    assert logs("parsed").ok, logs("parsed").text[-3000:]
+    found = [json.loads(line) for line in re.findall("^LINE (.*)", logs("parsed").text, re.M)]
+    assert len(found) > 12
+    for line, theirs, doctors in found:
+        assert doctors == theirs, line
+    assert len({json.dumps(theirs) for _, theirs, _ in found}) > 12  # each line says something of its own
+
+
+def test_every_argument_that_is_looked_at_is_one_of_megatrons():
+    """A misspelled name in a table would be a row that never rejects."""
+    rows = [*arguments.ROWS, *arguments.NOBODY, *arguments.MASKED, *supported.ATTENTION]
+    names = {name for row in rows for name in row.looks_at.split()} | {*arguments.DEFAULTS, *arguments.WHOLE}
+    tags = [tag for tag in ("core_v0.13.1", "core_v0.16.1", "core_v0.19.0") if not lm.git("rev-parse", tag).returncode]
+    if len(tags) < 3:
+        pytest.skip("MEGATRON_LM is a folder without these tags: make it a git clone")
+    for name in names - {"window", "masks", "dense", "exact.allow_unmasked_documents"}:  # ours
+        words = ["-e", name, "-e", name.replace("_", "-")]
+        assert any(not lm.git("grep", "-qw", *words, tag, "--", "megatron").returncode for tag in tags), name
 
 
 def test_a_patched_script_is_a_launched_one(logs):

@@ -67,7 +67,7 @@ REFUSED = {
     "typo": (["model.exact.alhpa=0.2"], "Key 'alhpa' is not in struct"),
     "typo_plus": (["+model.exact.alhpa=0.2"], "unknown key model.exact.alhpa: did you mean model.exact.alpha?"),
     "typo_block": (["model.exakt.enabled=true"], "Key 'exakt' is not in struct"),
-    "wrong_kind": (["model.exact.alpha=much"], "model.exact.alpha must be a finite number"),
+    "wrong_kind": (["model.exact.alpha=much"], "model.exact.alpha='much' is not a finite number"),
     "nobody_masks": (["model.exact.enabled=true"], "Ask for masking with model.data.reset_attention_mask=true"),
     "mock": ([*EXACT, "model.data.data_impl=mock"], "mock data have no documents"),
     "fim": ([*EXACT, "+model.data.add_fim=true"], "fill-in-the-middle reorders documents"),

@@ -46,6 +46,11 @@ esac
 """
 
 
+def _hear_interrupts():
+    """A shell ignores for good what is ignored where it starts, as SIGINT is in the background of another shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def slurm(tmp_path):
     """run(script, *arguments, **settings) in a folder with stand-ins for Slurm's commands and an environment that is all but empty.
@@ -78,7 +83,13 @@ def slurm(tmp_path):
         }
         command = ["bash", "-c", script, "-"] if "\n" in script else ["bash", str(SCRIPTS / script)]
         return subprocess.run(
-            [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+            [*command, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            preexec_fn=_hear_interrupts,
         )
 
     run.folder = tmp_path
@@ -99,6 +110,8 @@ ARGUMENTS = {
     "nemo.sbatch": ["train.py", "--config-name=c", "exp_manager.explicit_log_dir=run", "model.exact.enabled=true"],
     "benchmark.sbatch": ["run", "--config", "c.yaml", "model.exact.alpha=0.2"],
     "task.sbatch": ["run", "evaluate", "hf", "--suite", "distance-probe"],
+    "gpu_benchmark.sbatch": ["run"],
+    "paired_training.sbatch": ["--folder", "run", "--base", "b", "--config", "c.yaml", "--data", "d"],
 }
 RANKS = {
     "train.sbatch": "-m exact_megatron train --config c.yaml exp_manager.exp_dir=run model.exact.enabled=true trainer.num_nodes=2 "
@@ -111,6 +124,8 @@ RANKS = {
     "++exp_manager.resume_if_exists=true",
     "benchmark.sbatch": "trainer.max_steps=60 model.optim.sched.warmup_steps=0 trainer.limit_val_batches=0 model.exact.enabled=true",
     "task.sbatch": "-m exact_megatron evaluate hf --suite distance-probe",
+    "gpu_benchmark.sbatch": "-m exact_megatron.benchmark.gpu_report run",
+    "paired_training.sbatch": "-m exact_megatron.benchmark.paired_training --devices 8 --folder run --base b --config c.yaml --data d",
 }
 
 
@@ -128,7 +143,7 @@ def test_every_script_reaches_its_ranks(slurm, script):
     environment = dict(
         line.split("=", 1) for line in (slurm.folder / "srun.environment").read_text().splitlines() if "=" in line
     )
-    if script != "task.sbatch":
+    if script not in ("task.sbatch", "gpu_benchmark.sbatch", "paired_training.sbatch"):
         assert environment["MASTER_ADDR"] == "node1" and environment["MASTER_PORT"] == "14711"
         assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1" and environment["RANKS_PER_NODE"] == "8"
     if script in ("train.sbatch", "pretrain_gpt.sbatch", "bridge.sbatch", "nemo.sbatch", "task.sbatch"):
@@ -136,7 +151,8 @@ def test_every_script_reaches_its_ranks(slurm, script):
     header = [line for line in (SCRIPTS / script).read_text().splitlines() if line.startswith("#SBATCH")]
     signalled = script in ("train.sbatch", "pretrain_gpt.sbatch", "bridge.sbatch", "nemo.sbatch")
     assert ("#SBATCH --signal=B:USR1@600" in header) == signalled
-    assert "#SBATCH --exclusive" in header and "#SBATCH --gpus-per-node=8" in header
+    gpus = 1 if script == "gpu_benchmark.sbatch" else 8
+    assert "#SBATCH --exclusive" in header and f"#SBATCH --gpus-per-node={gpus}" in header
 
 
 CONFIGS = SCRIPTS.parent / "configs"
@@ -197,6 +213,83 @@ def test_benchmark_prints_the_ratio_of_the_medians(slurm):
     (folder / "2-exact" / "weights.json").unlink()  # that turn was a second baseline
     done = subprocess.run([sys.executable, "-c", text, *arguments], capture_output=True, text=True)
     assert done.returncode and "2-exact should be weighted by the table 7ab1e; it has None" in done.stderr
+
+
+def test_paired_training_is_requeued_after_a_signal_and_not_after_a_failure(slurm):
+    for code, status in ((138, 0), (3, 0), (2, 2), (143, 143)):  # USR1, stopped from outside, an error, scancel
+        (slurm.folder / "code").write_text(str(code))
+        (slurm.folder / "scontrol.calls").unlink(missing_ok=True)
+        done = slurm("paired_training.sbatch", *ARGUMENTS["paired_training.sbatch"])
+        assert done.returncode == status, done.stderr
+        assert ("stopped by a signal; requeued" in done.stdout) == (status == 0)
+        assert (slurm.folder / "scontrol.calls").exists() == (status == 0)
+    done = slurm("paired_training.sbatch", "--base", "b")
+    assert done.returncode == 2 and "give --folder FOLDER" in done.stderr
+
+
+PYTHON = """#!/usr/bin/env bash
+echo "$*" >>calls
+for word in $*; do case $word in proof.json | */proof.json | */pytest.xml | */cells.jsonl | */ceiling.json) last=${word##*/} ;; esac; done
+if [ "$INTERRUPT" = "${last:-}" ]; then read -r _ _ _ script _ </proc/$PPID/stat && kill -INT "$script"; fi
+case ${last:-} in "${FAILS%:*}") exit "${FAILS#*:}" ;; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "run", "code"),
+    [
+        ({}, "proof tests 7xcells ceiling profile profile_fused report", 0),
+        ({"FAILS": "proof.json:2"}, "proof report", 2),
+        ({"FAILS": "proof.json:1"}, "proof tests 7xcells ceiling profile profile_fused report", 0),
+        ({"FAILS": "pytest.xml:1"}, "proof tests report", 1),
+        ({"FAILS": "cells.jsonl:1"}, "proof tests 7xcells ceiling profile profile_fused report", 1),
+        ({"FAILS": "cells.jsonl:2"}, "proof tests 7xcells ceiling profile profile_fused report", 2),
+        ({"FAILS": "cells.jsonl:130"}, "proof tests 1xcells report", 130),
+        ({"INTERRUPT": "cells.jsonl"}, "proof tests 1xcells report", 0),  # to the script alone
+        ({"INTERRUPT": "ceiling.json"}, "proof tests 7xcells ceiling report", 0),
+    ],
+)
+def test_order_of_the_gpu_benchmark(slurm, settings, run, code):
+    """Without Slurm, with a stand-in for Python: what fails or is interrupted leaves out what follows, but for the report."""
+    (slurm.folder / "bin" / "python").write_text(PYTHON)
+    (slurm.folder / "bin" / "python").chmod(0o755)
+    nothing = {"SLURM_JOB_ID": "", "FAILS": "none:0", "INTERRUPT": "never"}
+    done = slurm("gpu_benchmark.sbatch", "run", **{**nothing, **settings})
+    assert done.returncode == code and not done.stderr, done.stderr
+    calls = (slurm.folder / "calls").read_text()
+    assert not (slurm.folder / "srun.calls").exists()
+    found = [
+        word for word in ("proof.json", "pytest.xml", "cells.jsonl", "ceiling.json", "profile.jsonl") if word in calls
+    ]
+    cells = f"{calls.count('cells.jsonl')}xcells"
+    names = {
+        "proof.json": "proof",
+        "pytest.xml": "tests",
+        "cells.jsonl": cells,
+        "ceiling.json": "ceiling",
+        "profile.jsonl": "profile",
+    }
+    said = [names[word] for word in found]
+    said += ["profile_fused"] * ("profile_fused" in calls) + ["report"] * ("gpu_report" in calls)
+    assert " ".join(said) == run
+    assert calls.splitlines()[0].startswith("-c import sys, torch")
+
+
+def test_tasks_of_the_gpu_benchmark(slurm):
+    (slurm.folder / "bin" / "python").write_text(PYTHON)
+    (slurm.folder / "bin" / "python").chmod(0o755)
+    alone = {"SLURM_JOB_ID": "", "FAILS": "none:0", "INTERRUPT": "never"}
+    done = slurm("gpu_benchmark.sbatch", "run", "speed", **alone)
+    assert done.returncode == 2 and "unknown task speed: proof, tests" in done.stderr
+    done = slurm("gpu_benchmark.sbatch", "run", CHECKOUT="/nowhere", **alone)
+    assert done.returncode == 2 and "/nowhere/tests/gpu is not there: set CHECKOUT" in done.stderr
+    done = slurm("gpu_benchmark.sbatch", "run", CONTAINER_IMAGE="x.sqsh", **alone)
+    assert done.returncode == 2 and "CONTAINER_IMAGE is for Slurm with pyxis" in done.stderr
+    assert not (slurm.folder / "calls").exists()
+    done = slurm("gpu_benchmark.sbatch", "a folder", "plan", **alone)
+    assert done.returncode == 0 and (slurm.folder / "calls").read_text().count("--plan") == 7
+    shown = (slurm.folder / "a folder" / "commands.txt").read_text().splitlines()
+    assert len(shown) == 8 and "--json a\\ folder/plan_7.json" in shown[6]
 
 
 def test_container(slurm):

@@ -209,6 +209,21 @@ def test_equals_dense(kernels, cp, mode, batch, heads, groups):
     assert all(kernels.detected) and bool(kernels.detected) != gathered, "gather declares its layout; no copies"
 
 
+@pytest.mark.parametrize("cp, mode", WAYS)
+def test_deterministic_groups_equal_dense(kernels, monkeypatch, cp, mode):
+    """On Hopper, with a limit that leaves a call few documents: Transformer Engine's layout check accepts every group."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(attention_kernels, "DETERMINISTIC_LIMIT", 1000)
+    cuts, case = packing(5, 1), [t.bfloat16() for t in tensors(8, 4, 1)]
+    ours = run_ranks(cp, mode, 8, 4, document_boundaries(cuts, S, 1), case)
+    reference = run(lambda *t: dense(*t, cuts), *(t.double() for t in case))
+    for rank, found in enumerate(ours):
+        theirs = reference if cp == 1 else [zigzag(t, rank, cp, 0) for t in reference]
+        assert_close([t.double() for t in found], theirs, 0.06)
+    assert kernels.backward > cp * (2 if mode == "gather" else 1) and all(kernels.detected)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("cp", [2, 4])
 def test_gather_before_packed_inputs(kernels, monkeypatch, cp, batch):

@@ -42,15 +42,6 @@ def build(config, sizes, exact=ON, **arguments):
     return builder.build(), builder
 
 
-@pytest.fixture
-def one_rank(tmp_path):
-    """BlendedDataset asks for the rank when it caches."""
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def count_over_tokens(dataset, lengths_of):
     """Census by reading every sample; `lengths_of(sample)` gives the corpus of a sample."""
     counts = np.zeros(S + 1, np.int64)

@@ -11,9 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "exact_megatron"
 PYTHON_FILES = [
-    path
-    for folder in ("exact_megatron", "benchmarks", "docs", "examples", "tests")
-    for path in sorted((ROOT / folder).rglob("*.py"))
+    path for folder in ("exact_megatron", "docs", "examples", "tests") for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 NAMED = re.compile(r"(?<![\w/.*<>{}$-])(?:\./)?([\w./-]*[\w-]+\.py)\b(?!/)")
 # Other projects' files: by their folders, and by their names.

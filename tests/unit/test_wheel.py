@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers.tiny import write_documents
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("configs", "examples", "patches", "slurm")
 JUNK = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "runs", "build", "dist", "*.egg-info", ".*_cache")
@@ -96,12 +98,7 @@ def test_the_wheel_has_the_files_for_users(wheel):
 
 def test_the_commands_of_an_installed_wheel(command, tmp_path):
     assert "census" in run([str(command), "--help"], tmp_path)
-    lengths = np.full(20, 100, dtype=np.int32)
-    with open(tmp_path / "x.idx", "wb") as index:  # megatron/core/datasets/indexed_dataset.py: _IndexWriter
-        index.write(b"MMIDIDX\x00\x00" + np.uint64(1).tobytes() + np.uint8(4).tobytes())
-        index.write(np.uint64(20).tobytes() + np.uint64(21).tobytes() + lengths.tobytes())
-        index.write((np.arange(20, dtype=np.int64) * 400).tobytes() + np.arange(21, dtype=np.int64).tobytes())
-    np.arange(2000, dtype=np.int32).tofile(tmp_path / "x.bin")
+    write_documents(tmp_path / "x", np.arange(2000).reshape(20, 100), np.int32)
     assert '"tail_share"' in run([str(command), "census", "x", "--seq-length", "64", "--json", "-"], tmp_path)
 
     run([str(command), "files", "--to", "mine"], tmp_path)

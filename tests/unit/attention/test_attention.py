@@ -229,7 +229,7 @@ def test_document_boundaries_refuses(cuts, batch, message):
         ("log_max_attention_logit", True),
         ("fp8_dot_product_attention", True),
         ("fp8_multi_head_attention", True),
-        ("mtp_num_layers", 1),
+        ("mtp_hsm", True),
         ("hybrid_context_parallel", True),
         ("cuda_graph_impl", "local"),
         ("enable_cuda_graph", True),
@@ -243,8 +243,8 @@ def test_refuses(field, value):
 
 
 def test_refuses_all_at_once():
-    with pytest.raises(ValueError, match="attention_dropout=0.1: set it to 0.0\n.*\n.*mtp_num_layers=1: "):
-        check_supported(SimpleNamespace(attention_dropout=0.1, qk_clip=True, mtp_num_layers=1))
+    with pytest.raises(ValueError, match="attention_dropout=0.1: set it to 0.0\n.*\n.*mtp_hsm=True: "):
+        check_supported(SimpleNamespace(attention_dropout=0.1, qk_clip=True, mtp_hsm=True))
 
 
 def test_refuses_lengths():
@@ -506,6 +506,46 @@ def test_transformer_engine_arguments(monkeypatch, caches, lengths, te):
     (out,) = kernels._te(q, gathered[3:], None, *lengths, 0.5)
     assert torch.equal(out, expected)
     assert te.built == [(4, D, 2, 0.0, 1)]
+
+
+@pytest.mark.parametrize("te", [TEStandIn, TEStandIn220])
+@pytest.mark.parametrize("hopper", [True, False])
+def test_deterministic_calls_on_hopper(monkeypatch, caches, te, hopper):
+    """Some documents at a time, the same result; with a limit of 4 heads x 1 document x 4 x 6, and a document above it."""
+    package, pytorch = types.ModuleType("transformer_engine"), types.ModuleType("transformer_engine.pytorch")
+    package.pytorch, pytorch.DotProductAttention = pytorch, te
+    monkeypatch.setitem(sys.modules, "transformer_engine", package)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0) if hopper else (10, 0))
+    monkeypatch.setattr(kernels, "DETERMINISTIC_LIMIT", 100)
+    nq, nk = (1, 2, 4, 7, 1, 1), (1, 3, 6, 9, 2, 2)
+    q, k = torch.randn(sum(nq), 4, D), torch.randn(sum(nk), 2, D)
+    expected = lower_right(q, k, k + 1, nq, nk, 0.5)
+    gathered = torch.stack([torch.cat([torch.randn(1, 2, D), t]) for t in (k, k + 1)], 1)
+    for found in (
+        kernels._te(q, k, k + 1, nq, nk, 0.5),
+        kernels._te(q, gathered[1:], None, nq, nk, 0.5),
+    ):
+        assert [len(part) for part in found] == ([3, 4, 7, 2] if hopper else [16])
+        assert torch.allclose(torch.cat(found), expected)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "sizes"),
+    [
+        ((32768,), 32, [1]),
+        ((4096, 4096), 32, [1, 1]),
+        ((4096, 4096), 8, [2]),
+        ((2590,) * 5, 32, [5]),
+        ((2591,) * 5, 32, [4, 1]),
+        ((5793, 1, 1, 5792), 32, [1, 2, 1]),
+    ],
+)
+def test_groups_of_documents(lengths, heads, sizes):
+    """Below heads x documents x longest x longest = 2^30."""
+    groups = kernels.deterministic_groups(lengths, lengths, heads)
+    assert [group.stop - group.start for group in groups] == sizes
 
 
 # torch's varlen_attn, recorded by inspect.signature; 2.10's lacks window_size and scale.

@@ -148,7 +148,7 @@ def test_measure(tmp_path, write_corpus):
     assert "EMULATED, no communication" in setup and "kernel sdpa" in setup and "6 micro-batches" in setup
     prefix = write_corpus(np.full(40, 64, np.int32))
     setup, rows = measure(*SMALL, "--prefix", prefix, "--only", "cost", "--batch", "2", "--tp", "2")
-    assert f"{prefix}.idx" in setup and "EMULATED" not in setup and "24 pieces, median 64" in setup
+    assert f"{prefix}.idx" in setup and "EMULATED" not in setup and "24 segments, median 64" in setup
     assert [row.name for row in rows] == [f"cp {cp} gather: {what}" for cp in (2, 4) for what in ("sent", "work")]
     assert rows[0].own == 3 * 2 * 64 * 2 * 8 * 4 / 2**20  # K and V of 1 head, 64 tokens, batch 2
     assert rows[1].own * 1e6 == pytest.approx(2 * 2 * sum(range(65)) / 2)  # two samples of two documents, two ranks

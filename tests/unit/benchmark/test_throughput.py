@@ -15,8 +15,13 @@ import psutil
 import pytest
 import torch
 
-from exact_megatron.benchmark import ceiling, profile, throughput
+from exact_megatron.benchmark import ceiling, profile
 from exact_megatron.benchmark.geometry import GEOMETRIES, Geometry
+from exact_megatron.benchmark.throughput import jobs
+from exact_megatron.benchmark.throughput.bench import ARMS
+from exact_megatron.benchmark.throughput.cells import OPTIONS, Cell, asked_of, fixed_layers
+from exact_megatron.benchmark.throughput.command import add_arguments
+from exact_megatron.benchmark.throughput.results import compare_arms, rows_of
 from exact_megatron.cli import main
 from exact_megatron.config import ExactError
 from exact_megatron.planning.flops import causal_pairs
@@ -57,7 +62,7 @@ def run(*arguments):
 
 def asked(*given):
     """What SMALL and these arguments ask for, where there is no GPU."""
-    return throughput.asked_of(arguments(*SMALL, *given), "none")
+    return asked_of(arguments(*SMALL, *given), "none")
 
 
 def cell(precision, seconds, peaks, layers=4):
@@ -72,7 +77,7 @@ def cell(precision, seconds, peaks, layers=4):
             "block s": [s, s],
             "block GiB": [p, p],
         }
-        for name, s, p in zip(throughput.ARMS, seconds, peaks)
+        for name, s, p in zip(ARMS, seconds, peaks)
     }
     found = {
         "geometry": "tiny",
@@ -92,7 +97,7 @@ def cell(precision, seconds, peaks, layers=4):
     if peaks[0] is None:
         for arm in arms.values():
             arm["block GiB"] = []
-    throughput.compare_arms(found)
+    compare_arms(found)
     return found
 
 
@@ -131,7 +136,7 @@ def test_a_dry_run_goes_on_from_the_cells_that_are_there(tmp_path, capfd):
     flops = g.step_flops(2, 256, 2 * causal_pairs([128]))
     assert causal["TFLOP/s"] == pytest.approx(flops / causal["step s"] / 1e12)
     assert found["attention share of FLOPs"]["exact"] < found["attention share of FLOPs"]["causal"]
-    assert found["pieces"]["largest"] <= 128 and causal["peak GiB"] is None and causal["MFU"] is None
+    assert found["segments"]["largest"] <= 128 and causal["peak GiB"] is None and causal["MFU"] is None
     assert abs(sum(found["profile"]["groups"].values()) - 1) < 1e-6 and 0 < found["loss end"]["share of the step"]
 
 
@@ -142,10 +147,10 @@ def test_a_cell_without_memory_is_repeated_with_a_layer_fewer(monkeypatch, capfd
     def job(spec):
         tried.append((spec["cell"]["window"], spec["cell"]["precision"], spec["layers"]))
         if spec["layers"] > 5 or spec["cell"]["window"] == 128:
-            raise throughput.OutOfMemory("CUDA out of memory. Tried to allocate 2 GiB")
+            raise jobs.OutOfMemory("CUDA out of memory. Tried to allocate 2 GiB")
         return cell(spec["cell"]["precision"], (1, 1, 1), (1, 1, 1), spec["layers"]) | {"window": 64}
 
-    monkeypatch.setattr(throughput, "start_job", job)
+    monkeypatch.setattr(jobs, "start_job", job)
     code, result = run("--layers", "7", "--windows", "64", "--precisions", "blockwise,fp32")
     assert code == 0 and tried == [(64, "fp32", n) for n in (7, 6, 5)] + [(64, "blockwise", n) for n in (7, 6, 5)]
     said = capfd.readouterr()
@@ -180,7 +185,7 @@ def test_cells_of_another_command_are_measured_again(monkeypatch, write_corpus, 
     def job(spec):
         return cell("fp32", (1, 1, 1), (None,) * 3, spec["layers"]) | {"window": 64}
 
-    monkeypatch.setattr(throughput, "start_job", job)
+    monkeypatch.setattr(jobs, "start_job", job)
     given = ["--windows", "64", "--precisions", "fp32", "--prefix", "short/corpus", "--cells", "cells.jsonl"]
 
     def count():
@@ -204,7 +209,7 @@ def test_a_failing_cell_leaves_the_others(monkeypatch, tmp_path, capfd):
         made = cell("fp32", (1, 1, 1), (None,) * 3, 2) | {"window": tried[-1]}
         return made | ({"exit code": 130} if tried[-1] == 256 else {})
 
-    monkeypatch.setattr(throughput, "start_job", job)
+    monkeypatch.setattr(jobs, "start_job", job)
     given = ["--precisions", "fp32", "--cells", str(tmp_path / "cells.jsonl"), "--windows"]
     code, result = run(*given, "64,128")
     assert code == 2 and tried == [64, 128] and len(result["rows"]) == 2
@@ -224,7 +229,7 @@ def test_an_interrupt_leaves_what_is_measured(monkeypatch):
             raise KeyboardInterrupt
         return cell("fp32", (1, 1, 1), (None,) * 3, 2) | {"window": 64}
 
-    monkeypatch.setattr(throughput, "start_job", job)
+    monkeypatch.setattr(jobs, "start_job", job)
     code, result = run("--precisions", "fp32", "--windows", "64,128,256")
     assert code == 130 and len(result["rows"]) == 2 and "by SIGINT" in result["interrupted"]
 
@@ -248,14 +253,14 @@ def test_a_profile_that_fails_leaves_the_timed_blocks(monkeypatch, tmp_path, err
         given[-1]({"arms": "timed"})
         raise error
 
-    monkeypatch.setattr(throughput, "measure_cell", fails)
-    spec = {"job": "cell", "options": {}, "cell": vars(throughput.Cell("tiny", 64, "fp32")), "layers": 1, "peak": None}
+    monkeypatch.setattr(jobs, "measure_cell", fails)
+    spec = {"job": "cell", "options": {}, "cell": vars(Cell("tiny", 64, "fp32")), "layers": 1, "peak": None}
     Path(tmp_path, "spec.json").write_text(json.dumps(spec))
     if isinstance(error, RuntimeError):
         with pytest.raises(RuntimeError, match="out of memory"):  # with its traceback
-            throughput.main([str(tmp_path / "spec.json"), str(tmp_path / "result.json")])
+            jobs.main([str(tmp_path / "spec.json"), str(tmp_path / "result.json")])
     else:
-        assert throughput.main([str(tmp_path / "spec.json"), str(tmp_path / "result.json")]) in (2, 130)
+        assert jobs.main([str(tmp_path / "spec.json"), str(tmp_path / "result.json")]) in (2, 130)
     assert json.loads(Path(tmp_path, "result.json").read_text()) == {"result": {"arms": "timed"}}
 
     def process(command, **_):
@@ -264,9 +269,9 @@ def test_a_profile_that_fails_leaves_the_timed_blocks(monkeypatch, tmp_path, err
             raise error
         return SimpleNamespace(returncode=1)
 
-    monkeypatch.setattr(throughput.subprocess, "run", process)
+    monkeypatch.setattr(jobs.subprocess, "run", process)
     code = 130 if isinstance(error, KeyboardInterrupt) else 1
-    assert throughput.start_job(spec) == {"arms": "timed", "exit code": code}
+    assert jobs.start_job(spec) == {"arms": "timed", "exit code": code}
 
 
 @pytest.mark.parametrize(
@@ -284,34 +289,34 @@ def test_a_job_tells_a_lack_of_memory_from_other_errors(monkeypatch, error, caug
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(throughput, "measure_cell", fails)
+    monkeypatch.setattr(jobs, "measure_cell", fails)
     cell = {"geometry": "tiny", "window": 64, "precision": "fp32"}
     spec = {"job": "cell", "options": {}, "cell": cell, "layers": 1, "peak": None}
     written = []
     if caught:
-        throughput.run_job(spec, written.append)
+        jobs.run_job(spec, written.append)
         assert written == [caught]
     else:
         with pytest.raises(RuntimeError, match="shape mismatch"):
-            throughput.run_job(spec, written.append)
+            jobs.run_job(spec, written.append)
 
 
 def test_a_job_that_fails_is_named():
     """A real process, which cannot find the documents."""
-    options = {name: None for name in throughput.OPTIONS} | {
+    options = {name: None for name in OPTIONS} | {
         "prefix": "/nowhere",
         "overrides": ["model.nonsense=1"],
     }
     options |= {"step_tokens": 64, "micro_tokens": 64, "blocks": 1, "block_steps": 1}
     cell = {"geometry": "tiny", "window": 64, "precision": "fp32"}
     with pytest.raises(ExactError, match="measures .*'window': 64.* ended with exit code 2; its messages are above"):
-        throughput.start_job({"job": "cell", "options": options, "cell": cell, "layers": 1, "peak": None})
+        jobs.start_job({"job": "cell", "options": options, "cell": cell, "layers": 1, "peak": None})
 
 
 def test_bars_and_precisions():
     good = cell("bf16", (1.001, 1.0, 1.5), (10.05, 10.0, 10.0))
     slow = cell("delayed", (0.503, 0.5, 0.75), (10.2, 10.0, 10.0))
-    rows = {row.name: row for row in throughput.rows_of([good, slow, cell("blockwise", (1, 1, 1), (1, 1, 1), 3)])}
+    rows = {row.name: row for row in rows_of([good, slow, cell("blockwise", (1, 1, 1), (1, 1, 1), 3)])}
     assert rows["tiny 8K bf16: EXACT against baseline"].passed and rows["tiny 8K bf16: memory"].passed
     assert rows["tiny 8K bf16: memory"].interval == pytest.approx((1.005, 1.005))
     assert not rows["tiny 8K delayed: EXACT against baseline"].passed and not rows["tiny 8K delayed: memory"].passed
@@ -323,7 +328,7 @@ def test_bars_and_precisions():
 
 def arguments(*given):
     parser = argparse.ArgumentParser()
-    throughput.add_arguments(parser)
+    add_arguments(parser)
     parser.add_argument("--json")
     return parser.parse_args([*given])
 
@@ -333,10 +338,10 @@ def test_layers_are_chosen_without_a_trial():
     args = arguments("--geometry", "llama-3-8b,llama-3.2-1b")
 
     def cells(name, window, *kinds):
-        return [throughput.Cell(name, window, kind) for kind in kinds]
+        return [Cell(name, window, kind) for kind in kinds]
 
     def fit(*cell, gib=79):
-        return throughput.fixed_layers(cells(*cell), args, gib)
+        return fixed_layers(cells(*cell), args, gib)
 
     assert fit("llama-3.2-1b", 8192, "bf16") == 16
     both = fit("llama-3-8b", 8192, "bf16", "blockwise")
@@ -362,19 +367,19 @@ def test_trial_layers_if_asked(monkeypatch):
     def job(spec):
         return {"peak": (10 + 3 * spec["layers"]) * 2**30}
 
-    monkeypatch.setattr(throughput, "start_job", job)
+    monkeypatch.setattr(jobs, "start_job", job)
 
     def fit(name, gib):
-        return throughput.trial_layers(throughput.Cell(name, 8192, "bf16"), {}, gib)
+        return jobs.trial_layers(Cell(name, 8192, "bf16"), {}, gib)
 
     assert fit("llama-3-8b", 80) == 19 and fit("llama-3.2-1b", 80) == 16 and fit("llama-3-8b", 10) == 1
 
     def one(spec):
         if spec["layers"] > 1:
-            raise throughput.OutOfMemory("CUDA out of memory")
+            raise jobs.OutOfMemory("CUDA out of memory")
         return job(spec)
 
-    monkeypatch.setattr(throughput, "start_job", one)
+    monkeypatch.setattr(jobs, "start_job", one)
     assert fit("llama-3-8b", 80) == 1
 
 

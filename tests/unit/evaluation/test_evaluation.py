@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from exact_megatron.cli import main
-from exact_megatron.evaluation import bootstrap, compare, context_loss, distance_probe, filler
+from exact_megatron.evaluation import bootstrap, command, compare, context_loss, distance_probe, filler
 from exact_megatron.evaluation.command import add_arguments
 from exact_megatron.evaluation.model import Text
 from exact_megatron.evaluation.report import summarize, write_suite_report
 from exact_megatron.evaluation.scorer import continuation_logprobs
 from exact_megatron.evaluation.store import Metric, Store, digest, fingerprint, read_results
+from exact_megatron.utils.tokenizer import UNKNOWN
 
 MODEL = {"path": "a", "kind": "scripted", "fingerprint": "0"}
 
@@ -356,6 +360,32 @@ def evaluated(folder: Path, means: dict[int, float], *, seed=0, hashes="h", suit
     store.add(*(r | {"hash": hashes} for r in records))
     store.finish(summarize(records, metric, trained_length), trained_length=trained_length)
     return folder
+
+
+def test_one_evaluation_writes_the_folder_of_a_suite(write_corpus, tmp_path, monkeypatch, capsys):
+    """Record locks are of a process: the other evaluation is one."""
+    scorer = LooksBack(8)
+    model = SimpleNamespace(
+        path=tmp_path, kind="scripted", tokenizer=UNKNOWN, described=MODEL, scorer=lambda *_: scorer
+    )
+    monkeypatch.setattr(command.Model, "at", lambda *_: model)
+    prefix = write_corpus(np.array([70, 5, 130]), tokens=np.arange(205))
+    line = ["evaluate", "model", "--suite", "context-loss", "--data", prefix, "--window", "64"]
+    script = "import sys, time; from exact_megatron.training.run_lock import only_writer\n"
+    script += "with only_writer(sys.argv[1]): print(flush=True); time.sleep(60)"
+    folder = tmp_path / "out" / "context-loss"
+    with subprocess.Popen([sys.executable, "-c", script, folder], stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        try:
+            assert main([*line, "--output", str(tmp_path / "out")]) == 2
+            error = capsys.readouterr().err
+            assert f"{folder} is in use" in error and f"pid {holder.pid}," in error and "--output ANOTHER" in error
+            assert [path.name for path in folder.iterdir()] == ["run.lock"] and not scorer.calls
+            assert main([*line, "--output", str(tmp_path / "other")]) == 0
+        finally:
+            holder.kill()
+    assert main([*line, "--output", str(tmp_path / "out")]) == 0
+    assert not (folder / "run.lock").exists() and len(read_results(folder)[1]) == 3
 
 
 def test_compare_finds_a_difference_and_says_where_there_is_none(tmp_path, capsys):

@@ -19,7 +19,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from exact_megatron import ExactConfig
 from exact_megatron.attention import supported
 from exact_megatron.cli import main
-from exact_megatron.commands import doctor
+from exact_megatron.commands.doctor import installed
 from exact_megatron.integrations.documents import feed_documents, join_boundaries
 from exact_megatron.integrations.hooks import replaced, script_global
 from exact_megatron.integrations.megatron_lm import MegatronLM, from_command_line, whole_intervals
@@ -164,7 +164,7 @@ def test_old_cores_cannot_mask_all_layers(args):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ({"mtp_num_layers": 1}, "multi-token prediction"),
+        ({"mtp_hsm": True}, "mtp_hsm=True: it rolls hidden states"),
         ({"data_path": None}, "give --data-path"),
         ({"export_quant_cfg": "fp8"}, "unset --export-quant-cfg"),
         ({"export_num_medusa_heads": 2}, "unset --export-num-medusa-heads"),
@@ -410,8 +410,8 @@ def test_means_over_a_log_interval_leave_out_steps_without_a_target(monkeypatch)
 
 def test_a_refused_run_takes_no_step(monkeypatch, config):
     host = Host(monkeypatch, config)
-    host.args.mtp_num_layers = 1
-    with pytest.raises(ValueError, match="refuses this run:\n  multi-token"):
+    host.args.sft = True
+    with pytest.raises(ValueError, match="refuses this run:\n  SFT data"):
         host.run(MegatronLM(UNMASKED))
     assert host.steps == []
 
@@ -629,7 +629,7 @@ def test_doctor_fits_a_screen_and_fails_for_a_run_that_would(capsys, write_corpu
         (["--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "te"], "cross_entropy_fusion_impl"),
         (["--softmax-type", "learnable"], "softmax_type"),
         (["--iterations-to-skip", "3", "4"], "--iterations-to-skip"),
-        (["--mtp-num-layers", "1"], "multi-token"),
+        (["--mtp-hsm"], "mtp_hsm"),
         (["--mock-data"], "mock"),
         (["--export-quant-cfg", "fp8"], "modelopt"),
         (["--seq-length", "abc"], "invalid int value: 'abc'"),
@@ -695,19 +695,19 @@ def test_doctor_fails_for_what_the_native_runner_refuses(more, words, capsys, wr
     ],
 )
 def test_doctor_says_which_of_nemos_models_can_be_hooked(version, words):
-    assert doctor.nemo_toolkit(version).startswith(words)
+    assert installed.nemo_toolkit(version).startswith(words)
 
 
 def test_doctor_tells_nvidias_apex_from_the_other(monkeypatch, tmp_path):
-    assert doctor.apex() == "not installed"
+    assert installed.apex() == "not installed"
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").touch()
-    assert "unrelated" in doctor.apex()
+    assert "unrelated" in installed.apex()
     sys.modules.pop("apex", None)
     (tmp_path / "apex" / "multi_tensor_apply").mkdir()
     (tmp_path / "apex" / "multi_tensor_apply" / "__init__.py").touch()
-    assert doctor.apex().startswith("NVIDIA's")
+    assert installed.apex().startswith("NVIDIA's")
     sys.modules.pop("apex", None)
 
 
@@ -722,5 +722,5 @@ def test_doctor_tells_nvidias_apex_from_the_other(monkeypatch, tmp_path):
     ],
 )
 def test_doctor_names_fp8_recipes(capability, recipes):
-    assert doctor.fp8_recipes(capability, "2.9.0").startswith(recipes)
-    assert doctor.fp8_recipes(capability, "not installed").startswith("none")
+    assert installed.fp8_recipes(capability, "2.9.0").startswith(recipes)
+    assert installed.fp8_recipes(capability, "not installed").startswith("none")

@@ -165,9 +165,12 @@ LONG = [*DETERMINISTIC, *WIDE, "model.data.seq_length=8192"]
         (LONG, None, {"NVTE_FUSED_ATTN": "0"}, "NVTE_FUSED_ATTN=0 forbids cuDNN's attention; .* Install flash-attn"),
         (SHORT, None, {}, None),
         (SHORT, None, {"NVTE_FUSED_ATTN": "0"}, "NVTE_FUSED_ATTN=0"),
-        # One document of 4,096 tokens would do, five with a longest of 3,000 not.
-        ([*LONG, "model.data.seq_length=4096"], None, {}, "flash-attn"),
-        ([*LONG, "model.data.seq_length=4096", "model.data.document_masking=false"], None, {}, None),
+        # One document of 4,096 tokens is given to cuDNN; several are, some at a time.
+        ([*LONG, "model.data.seq_length=4096"], None, {}, None),
+        ([*LONG, "model.data.seq_length=4096", "model.micro_batch_size=2"], None, {}, None),
+        ([*LONG, "model.data.seq_length=5792"], None, {}, None),
+        ([*LONG, "model.data.seq_length=5793"], None, {}, "5793 x model.micro_batch_size=1 can reach 1,073,883,168"),
+        ([*LONG, "model.data.document_masking=false"], None, {}, "flash-attn"),
     ],
 )
 def test_deterministic_attention_of_long_documents_is_flash_attns(
@@ -192,9 +195,9 @@ def test_deterministic_attention_of_long_documents_is_flash_attns(
         (["model.data.document_masking=false", "model.data.seq_length=1024"], 32 * 1024**2),
         (
             ["model.data.document_masking=false", "model.data.seq_length=1024", "model.micro_batch_size=2"],
-            32 * 2 * 1024**2,
+            32 * 1024**2,
         ),
-        (["model.data.seq_length=1024"], 32 * 342 * 683**2),
+        (["model.data.seq_length=1024"], 32 * 1024**2),
         (
             [
                 "model.data.seq_length=8192",
@@ -202,7 +205,7 @@ def test_deterministic_attention_of_long_documents_is_flash_attns(
                 "model.context_parallel_size=4",
                 "model.cp_comm_type=all_gather",
             ],
-            32 * max(n * (1025 - n) * (8193 - n) for n in range(1, 1025)),
+            32 * 1024 * 8192,
         ),
     ],
 )
@@ -255,11 +258,11 @@ def test_plan_says_what_deterministic_attention_takes():
     from exact_megatron.planning.plan import notes
 
     def notes_of(*settings):
-        return "\n".join(notes(run_config(*WIDE, *settings, "model.data.seq_length=4096")))
+        return "\n".join(notes(run_config(*WIDE, "model.data.seq_length=4096", *settings)))
 
     assert "before 9.25 takes another 32.0 GiB" in notes_of(*DETERMINISTIC)
-    assert "needs flash-attn >= 2.4.1" in notes_of(*DETERMINISTIC)
-    assert "flash-attn" not in notes_of(*DETERMINISTIC, "model.data.document_masking=false")
+    assert "needs flash-attn >= 2.4.1" in notes_of(*DETERMINISTIC, "model.data.seq_length=8192")
+    assert "flash-attn" not in notes_of(*DETERMINISTIC)
     assert "deterministic" not in notes_of("trainer.precision=bf16")
 
 
@@ -486,11 +489,11 @@ def test_a_cpu_takes_no_cuda_kernels_of_installed_packages(monkeypatch):
 
 
 def test_doctor_says_what_a_cpu_does_not_use(monkeypatch):
-    from exact_megatron.commands import doctor
+    from exact_megatron.commands.doctor import installed
 
-    monkeypatch.setattr(doctor, "_version", lambda name: "2.20.2" if name == "transformer-engine" else "1.0")
+    monkeypatch.setattr(installed, "version_of", lambda name: "2.20.2" if name == "transformer-engine" else "1.0")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    found = doctor.versions()
+    found = installed.versions()
     assert (
         found["transformer-engine"].startswith("2.20.2, without a GPU not used") and "none: needs a GPU" in found["FP8"]
     )

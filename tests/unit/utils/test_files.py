@@ -65,11 +65,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", [[], ["--json", "-"], ["--json", "/dev/full"]])
 def test_a_census_without_room_names_where_it_was_written(tmp_path, monkeypatch, capsys, command):
-    np = pytest.importorskip("numpy")
-    builder = pytest.importorskip("megatron.core.datasets.indexed_dataset").IndexedDatasetBuilder
-    data = builder(str(tmp_path / "x.bin"), dtype=np.uint16)
-    data.add_document(np.ones(40, dtype=np.uint16), [40])
-    data.finalize(str(tmp_path / "x.idx"))
+    pytest.importorskip("megatron.core")
+    from tests.helpers.tiny import write_documents
+
+    write_documents(tmp_path / "x", [[1] * 40])
     with open("/dev/full", "w") as output, monkeypatch.context() as patch:
         if "/dev/full" not in command:
             patch.setattr("sys.stdout", output)
