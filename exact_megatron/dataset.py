@@ -386,7 +386,7 @@ def _cache_folder(prefix: str, cls: type[GPTDataset], config: GPTDatasetConfig) 
 def _unreadable(path: str) -> str | None:
     """Why numpy cannot map a .npy file, None where it can."""
     try:
-        np.load(path, mmap_mode="r")
+        np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError, OSError) as error:
         return " ".join(str(error).split())
     return None

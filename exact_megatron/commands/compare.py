@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PREFIX
-from ..reporting.comparison import write_report
+from ..reporting.comparison_report import write_report
 from ..study.runs import Arm, Run, Stage, plan_stages, training_steps
 from ..study.steps import run_steps
 from ..training.config import ConfigPath, config_paths, load_config
