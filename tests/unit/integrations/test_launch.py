@@ -26,7 +26,7 @@ from exact_megatron.integrations.megatron_lm import MegatronLM, from_command_lin
 from exact_megatron.integrations.megatron_lm_arguments import NONE, OWN, UPSTREAM, plan_masking, refusals
 from exact_megatron.integrations.script import parse
 from exact_megatron.integrations.settings import take_settings
-from tests.helpers.small_host import ARGS, SCRIPT, UNMASKED, Host, training_log
+from tests.helpers.small_host import ARGS, MODEL, SCRIPT, UNMASKED, Host, training_log
 
 ON = "model.exact.enabled=true"
 
@@ -495,7 +495,14 @@ def test_doctor_fits_a_screen_and_fails_for_a_run_that_would(capsys, write_corpu
     prefix = write_corpus(np.array([100, 300, 64], np.int32))
     checkout(tmp_path)
     script = str(tmp_path / "pretrain_gpt.py")
-    line = ["doctor", ON, script, "--data-path", prefix, *"--seq-length 64 --bf16 --attention-dropout 0".split()]
+    line = [
+        "doctor",
+        ON,
+        script,
+        "--data-path",
+        prefix,
+        *f"{MODEL} --seq-length 64 --bf16 --attention-dropout 0".split(),
+    ]
     assert main([*line, "--reset-attention-mask", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["run"]["tau"] == 16 and 0 < report["run"]["tail_share"] < report["run"]["weighted_tail_share"] < 1
@@ -540,7 +547,7 @@ def test_doctor_fails_for_what_the_launcher_refuses(more, words, capsys, write_c
     prefix = write_corpus(np.array([50, 30, 64] * 8, np.int32))
     checkout(tmp_path)
     script = str(tmp_path / "pretrain_gpt.py")
-    flags = "--seq-length 64 --attention-dropout 0 --reset-attention-mask".split()
+    flags = f"{MODEL} --seq-length 64 --attention-dropout 0 --reset-attention-mask".split()
     line = ["doctor", ON, script, "--data-path", prefix, *flags]
     assert main(line) == 0
     assert "nothing: EXACT would start this run" in capsys.readouterr().out
