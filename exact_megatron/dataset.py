@@ -23,6 +23,9 @@ from .loss import ExactLoss, proving_context
 from .packing import check_index, misplaced_sample, reaching_samples, read_index, sample_segments
 
 logger = logging.getLogger(__name__)
+UNPACKED = {"MockGPTDataset", "GPTFIMDataset"}  # megatron.core's subclasses of GPTDataset with samples of other kinds
+PACKED = ("tokens", "labels", "loss_mask")
+PROVEN = 8  # samples of a subclass that are compared with GPTDataset's from the start, and as many over the whole split
 _NOT_WRITABLE = (
     errno.EACCES,
     errno.EPERM,
@@ -157,11 +160,28 @@ class ExactGPTDataset(GPTDataset):
         return torch.from_numpy(padded)
 
 
+def weighted_class(cls: type[GPTDataset]) -> type[ExactGPTDataset]:
+    """ExactGPTDataset, mixed with a subclass of GPTDataset.
+
+    Raises:
+        ValueError: no subclass of GPTDataset, or one of Megatron's whose samples are no packed documents.
+    """
+    if cls is GPTDataset or issubclass(cls, ExactGPTDataset):
+        return ExactGPTDataset if cls is GPTDataset else cls
+    if not issubclass(cls, GPTDataset) or {base.__name__ for base in cls.__mro__} & UNPACKED:
+        raise ValueError(
+            f"EXACT weights the samples of GPTDataset, not of {cls.__name__} (mock, FIM and SFT data have no document "
+            "pieces that it knows): give real .bin/.idx data, or set model.exact.enabled=false"
+        )
+    return type(f"Exact{cls.__name__}", (ExactGPTDataset, cls), {"__module__": cls.__module__})
+
+
 class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
     """BlendedMegatronDatasetBuilder that builds ExactGPTDataset and weights all splits by the census of the training split.
 
     Args:
-        cls, sizes, is_built_on_rank, config: as BlendedMegatronDatasetBuilder; cls is GPTDataset or ExactGPTDataset.
+        cls, sizes, is_built_on_rank, config: as BlendedMegatronDatasetBuilder; cls is GPTDataset, or a subclass whose samples keep its
+            tokens, labels and loss_mask.
         exact: the settings; disabled, the samples are the stock ones.
         loss: the hook that will read the weights; its `bind` gets the table on every rank.
         emit_cu_seqlens: samples carry the documents' boundaries.
@@ -180,13 +200,7 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
         loss: ExactLoss,
         emit_cu_seqlens: bool = False,
     ) -> None:
-        if cls is GPTDataset:
-            cls = ExactGPTDataset
-        if not issubclass(cls, ExactGPTDataset):
-            raise ValueError(
-                f"EXACT weights the samples of GPTDataset, not of {cls.__name__} (mock, FIM and SFT data have no document "
-                "segments that it knows): give real .bin/.idx data, or set model.exact.enabled=false"
-            )
+        cls = weighted_class(cls)
         masked = emit_cu_seqlens or config.reset_attention_mask or getattr(config, "inter_document_masking", False)
         if exact.enabled and not masked and not exact.allow_unmasked_documents:
             raise ValueError(
@@ -276,6 +290,7 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
     def weight(self, datasets: list[Any]) -> list[Any]:
         """Weight the splits that another builder made of ExactGPTDataset; raises as `build`."""
         from_rank_0(lambda: self._check_indices(datasets))
+        from_rank_0(lambda: self._check_packing(datasets))
         if self.exact.enabled:
             self.census = from_rank_0(lambda: self._census(datasets[0]))
             self.table = WeightTable.from_census(self.census, self.exact)
@@ -336,6 +351,25 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
                         f"Megatron's index cache of the blend of {len(blend.datasets)} data sets is damaged (samples of "
                         f"{member.dataset_path} are not drawn one after another): remove "
                         f"{os.path.join(self.config.path_to_cache or '', blend.unique_description_hash)}-*"
+                    )
+
+    def _check_packing(self, datasets: list[Any]) -> None:
+        """Whether samples of a subclass are GPTDataset's, before weights are attached: the first ones, and some of the others."""
+        for member in members(datasets):
+            if type(member).__module__.startswith(f"{__package__}."):
+                continue
+            stock = object.__new__(ExactGPTDataset)
+            stock.__dict__.update(member.__dict__)
+            for idx in sorted(
+                {*range(min(len(member), PROVEN)), *np.linspace(0, len(member) - 1, PROVEN, dtype=int).tolist()}
+            ):
+                mine, theirs = member[idx], stock[idx]
+                wrong = [key for key in PACKED if key not in mine or not torch.equal(mine[key], theirs[key])]
+                if wrong:
+                    raise ValueError(
+                        f"EXACT weights the samples of GPTDataset, and those of {type(member).__name__.removeprefix('Exact')} are "
+                        f"others: {' and '.join(wrong)} of sample {idx} of {member.dataset_path} differ from GPTDataset's. Keep its "
+                        "packing (other keys are free), or set model.exact.enabled=false"
                     )
 
     def _census(self, train: Any) -> ExposureCensus:

@@ -56,6 +56,7 @@ class ExactLoss:
         self._least_marker = 0
         self._patience = math.inf
         self._batches = 0
+        self.calls = 0  # of wrapped loss functions, in training and validation
         # float64: targets and tail weights seen in training since a tail weight was looked for; strange weights, one of them
         self._counts: torch.Tensor | None = None
 
@@ -102,10 +103,13 @@ class ExactLoss:
             ExactError: `loss_func` is hooked already.
         """
         if getattr(loss_func, "exact_loss", None) is not None:
-            raise ExactError(f"{loss_func.__name__} is already hooked by EXACT: install the hook once")
+            raise ExactError(
+                f"{getattr(loss_func, '__name__', loss_func)} is already hooked by EXACT: install the hook once"
+            )
 
         @functools.wraps(loss_func)
         def hooked(loss_mask: torch.Tensor, output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
             losses = output_tensor.float()
             weights = loss_mask.float().view_as(losses)
             mask = (weights != 0).to(weights.dtype)
