@@ -38,7 +38,7 @@ class Command:
 
 
 COMMANDS = {
-    "prepare": Command(".prepare.prepare", "text to Megatron .bin/.idx, with a tokenizer of your own or a given one"),
+    "prepare": Command(".prepare.command", "text to Megatron .bin/.idx, with a tokenizer of your own or a given one"),
     "census": Command(
         ".commands.census", "how much context the targets of a data set have, and what EXACT makes of it"
     ),
