@@ -500,7 +500,7 @@ def test_up_to_date_other_settings_and_overwrite(tmp_path, monkeypatch, capsys):
     path, output = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
     first = prepare(path, output)
     with monkeypatch.context() as patch:
-        patch.setattr(room, "_encode_all", None)  # any work would fail
+        patch.setattr(room, "encode_all", None)  # any work would fail
         assert prepare(path, output, quiet=False, workers=1) == first
         assert "up to date" in capsys.readouterr().err
     with raises(FileExistsError, "out.idx", "--overwrite"):
@@ -774,7 +774,7 @@ def test_damaged_parts_name_the_folder_to_remove(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     parts = tmp_path / "out.parts"
     with monkeypatch.context() as patch:
-        patch.setattr(room, "_join_parts", None)
+        patch.setattr(room, "join_parts", None)
         with pytest.raises(TypeError):
             prepare(path, tmp_path / "out")
     damaged = [parts / "settings.json", next(p for p in parts.glob("*.json") if p.name != "settings.json")]
