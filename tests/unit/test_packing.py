@@ -91,6 +91,73 @@ def test_a_damaged_index_is_refused_or_counts_as_the_sound_one(tmp_path, dtype, 
     assert refused > 60
 
 
+def first_fault(lengths, pointers, documents, itemsize, size, whole):
+    """By one entry after another: None, or (what is wrong, entry, value)."""
+    total = 0
+    for at, (tokens, begin) in enumerate(zip(lengths.tolist(), pointers.tolist())):
+        if begin != total:
+            return "sequence pointers", at, begin
+        if tokens < 0:
+            return "sequence lengths", at, tokens
+        total += tokens * itemsize
+    if size not in (None, total) or total == 0:
+        return "bytes where" if size not in (None, total) else "and no token", None, None
+    found = documents.tolist()
+    for at, begin in enumerate(found):
+        expected = [0] if at == 0 else range(found[at - 1], 2**63)
+        if begin not in expected:
+            return "document index", at, begin
+    if found[-1] != len(lengths):
+        return "document index", len(found) - 1, found[-1]
+    several = [at for at in range(len(found) - 1) if found[at + 1] > found[at] + 1]
+    return (f"document {several[0]} is sequences", None, None) if whole and several else None
+
+
+def test_faults_are_found_as_by_one_entry_after_another():
+    """In arrays that end anywhere in a chunk, faults of one entry or of all from there on, in bits of any worth."""
+    rng = np.random.default_rng(0)
+    accepted = 0
+    for _ in range(2000):
+        count = int(rng.integers(1, 40))
+        dtype = np.dtype(rng.choice([np.uint8, np.uint16, np.int32, np.int64]))
+        lengths = rng.integers(0, 9, count).astype(np.int32)
+        pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
+        size = None if rng.random() < 0.2 else int(lengths.sum()) * dtype.itemsize
+        inside = np.arange(1, count) if rng.random() < 0.6 else np.sort(rng.integers(0, count + 1, count // 2))
+        documents = np.concatenate([[0], inside, [count]]).astype(np.int64)
+        for _ in range(int(rng.integers(3))):
+            array = (lengths, pointers, documents)[int(rng.integers(3))]
+            one, two = rng.integers(len(array), size=2)
+            match rng.integers(5):
+                case 0:
+                    bits = array.view(f"u{array.itemsize}")
+                    bits[one] ^= bits.dtype.type(1 << int(rng.integers(8 * array.itemsize)))
+                case 1:
+                    array[one] = rng.choice([np.iinfo(array.dtype).min, np.iinfo(array.dtype).max, -1])
+                case 2:
+                    array[[one, two]] = array[[two, one]]
+                case 3:
+                    array[one:] = array[one]
+                case 4:
+                    array[one:] += 1
+        whole = bool(rng.integers(2))
+        fault = first_fault(lengths, pointers, documents, dtype.itemsize, size, whole)
+        chunk = int(rng.choice([1, 2, 7, 100]))
+        try:
+            check_index("x", lengths, pointers, documents, dtype, size, whole, chunk)
+            found = ""
+        except ValueError as error:
+            found = str(error)
+        if fault is None:
+            accepted += 1
+            assert not found
+        else:
+            what, entry, value = fault
+            named = what if entry is None else f"entry {entry} of its {what}, counted from 0, is {value}, "
+            assert named in found, (fault, found, chunk)
+    assert 500 < accepted < 1500
+
+
 @pytest.mark.parametrize(
     ("array", "entry", "value", "message"),
     [
@@ -285,7 +352,9 @@ def test_a_file_that_was_written_just_now_is_checked_every_time(tmp_path, checke
     """Two writes may have one time."""
     monkeypatch.setattr(packing, "SETTLED_SECONDS", 3600)
     index = bytearray(write(tmp_path / "x", [60] * 200))
-    read_index(tmp_path / "x")
+    for _ in range(2):
+        read_index(tmp_path / "x")
+    assert checked == ["x", "x"]
     facts = os.stat(tmp_path / "x.idx")
     struct.pack_into("<i", index, HEADER + 4 * 11, -60)
     (tmp_path / "x.idx").write_bytes(index)
