@@ -20,7 +20,7 @@ from .blend import member_samples, split_tokens
 from .config import ExactConfig, ExactError
 from .exposure import ExposureCensus
 from .loss import ExactLoss, proving_context
-from .packing import check_index, misplaced_sample, reaching_samples, read_index, sample_pieces
+from .packing import check_index, misplaced_sample, reaching_samples, read_index, sample_segments
 
 logger = logging.getLogger(__name__)
 UNPACKED = {"MockGPTDataset", "GPTFIMDataset"}  # megatron.core's subclasses of GPTDataset with samples of other kinds
@@ -94,14 +94,14 @@ class ExactGPTDataset(GPTDataset):
         tail = np.flatnonzero(table.lookup != table.lookup[0])  # none with alpha = 0
         self._tail_start = int(tail[0]) if len(tail) else len(table.lookup)
 
-    def pieces(self, idx: int) -> tuple[np.ndarray, bool]:
-        """Boundaries int64[pieces + 1] of the documents in sample `idx`, and whether its last target is in the last one.
+    def segments(self, idx: int) -> tuple[np.ndarray, bool]:
+        """Boundaries int64[segments + 1] of the documents in sample `idx`, and whether its last target is in the last one.
 
-        See packing.sample_pieces.
+        See packing.sample_segments.
         """
         if self.shuffle_index is None:  # defer_npy_index_mmap: loaded at the first query
             self._query_document_sample_shuffle_indices(idx)
-        return sample_pieces(
+        return sample_segments(
             self.document_index,
             self.sample_index,
             self.dataset.sequence_lengths,
@@ -111,7 +111,7 @@ class ExactGPTDataset(GPTDataset):
         )
 
     def _weighted(self, mask: np.ndarray, cu_seqlens: np.ndarray, continues: bool) -> np.ndarray:
-        """mask * lookup[effective_context(cu_seqlens, continues)], without a pass over the targets: few pieces reach the tail."""
+        """mask * lookup[effective_context(cu_seqlens, continues)], without a pass over the targets: few segments reach the tail."""
         assert self.weight_table is not None
         lookup = self.weight_table.lookup
         first = self._tail_start
@@ -136,14 +136,14 @@ class ExactGPTDataset(GPTDataset):
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         if self.boundaries_only:
-            return {"cu_seqlens": self._filled_up(self.pieces(idx or 0)[0])}
+            return {"cu_seqlens": self._filled_up(self.segments(idx or 0)[0])}
         if self.weight_table is not None and self.cached_loss_mask is not None:
             # Up to megatron-core 0.14 a pad of one sample is masked in the shared tensor, for all later samples.
             self.cached_loss_mask = torch.ones_like(self.cached_loss_mask)
         sample = super().__getitem__(idx)
         if self.weight_table is None and not self.emit_cu_seqlens:
             return sample
-        cu_seqlens, continues = self.pieces(idx or 0)
+        cu_seqlens, continues = self.segments(idx or 0)
         if self.weight_table is not None:
             # Out of place: up to megatron-core 0.14 the mask is a tensor shared between samples.
             mask = self._weighted(sample["loss_mask"].numpy(), cu_seqlens, continues)
@@ -420,7 +420,7 @@ def _cache_folder(prefix: str, cls: type[GPTDataset], config: GPTDatasetConfig) 
 def _unreadable(path: str) -> str | None:
     """Why numpy cannot map a .npy file, None where it can."""
     try:
-        np.load(path, mmap_mode="r")
+        np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError, OSError) as error:
         return " ".join(str(error).split())
     return None

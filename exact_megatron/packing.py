@@ -1,8 +1,8 @@
-"""Document pieces of packed samples, from the index alone: no token is read. numpy only.
+"""Document segments of packed samples, from the index alone: no token is read. numpy only.
 
 Megatron (megatron/core/datasets/gpt_dataset.py) lays the documents of an epoch, in the order of `document_index`, end to end
 and cuts the stream into samples of S input tokens; with the extra token, sample i also holds token (i + 1) * S as its last
-label. A piece is what one sample holds of one document.
+label. A segment is what one sample holds of one document.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -42,7 +41,7 @@ class TokenIndex:
 
     Attributes:
         prefix: the prefix it came from.
-        lengths: int32[sequences], tokens, memory-mapped.
+        lengths: int32[sequences], tokens; memory-mapped where the file was checked before.
         dtype: of a token.
         documents: how many there are.
         several: the first document of several sequences, in words; None: each is one or none.
@@ -78,19 +77,24 @@ def read_index(prefix: str, whole_documents: bool = True) -> TokenIndex:
                 f"as `exact-megatron prepare --output {prefix}` writes it"
             )
     facts = os.stat(idx), os.stat(bin_)
-    changed = max(max(found.st_mtime, found.st_ctime) for found in facts)
-    # A file that was written just now may change again without another time.
-    read = _read if time.time() - changed > SETTLED_SECONDS else _read.__wrapped__
-    identity = [(f.st_dev, f.st_ino, f.st_size, f.st_mtime_ns, f.st_ctime_ns) for f in facts]
-    index = read(prefix, tuple(identity))
+    key = (idx, *((f.st_dev, f.st_ino, f.st_size, f.st_mtime_ns, f.st_ctime_ns) for f in facts))
+    index = _checked.get(key)
+    if index is None:
+        index = _read(prefix)
+        # A file that was written just now may change again without another time.
+        if time.time() - max(max(f.st_mtime, f.st_ctime) for f in facts) > SETTLED_SECONDS:
+            mapped = np.memmap(idx, dtype=np.int32, mode="r", offset=_HEADER.size, shape=index.lengths.shape)
+            _checked[key] = replace(index, lengths=mapped)
     if whole_documents:
         _refuse_several(idx, len(index.lengths), index.documents, index.several)
     return index
 
 
-@lru_cache(maxsize=4096)
-def _read(prefix: str, identity: tuple[tuple[int, ...], ...]) -> TokenIndex:
-    """Read and check `prefix`.idx; `identity` is that of the two files."""
+_checked: dict[tuple[Any, ...], TokenIndex] = {}
+
+
+def _read(prefix: str) -> TokenIndex:
+    """Read and check `prefix`.idx; the lengths are in memory."""
     idx, bin_ = prefix + ".idx", prefix + ".bin"
     with open(idx, "rb", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -116,32 +120,39 @@ def _read(prefix: str, identity: tuple[tuple[int, ...], ...]) -> TokenIndex:
         raise ValueError(f"{idx} holds no sequence: there is nothing to train on")
 
     with open(idx, "rb", buffering=0) as stream:
-        lengths = _Entries(stream.fileno(), _HEADER.size, sequences)
+        tokens = np.empty(sequences, np.int32)
+        lengths = _Entries(stream.fileno(), _HEADER.size, sequences, tokens)
         pointers = _Entries(stream.fileno(), _HEADER.size + sequences * 4, sequences)
         index = _Entries(stream.fileno(), _HEADER.size + sequences * 12, documents)
         several = check_index(prefix, lengths, pointers, index, dtype, os.path.getsize(bin_), whole_documents=False)
-        mapped = np.memmap(stream, dtype=np.int32, mode="r", offset=_HEADER.size, shape=(sequences,))
-    return TokenIndex(prefix, mapped, dtype, documents - 1, several)
+    return TokenIndex(prefix, tokens, dtype, documents - 1, several)
 
 
 @dataclass(frozen=True)
 class _Entries:
-    """An array in a file, read part by part: a memory map would fault page by page, stay resident, and not be aligned."""
+    """An array in a file, read part by part: a memory map would fault page by page, stay resident, and not be aligned.
+
+    Where `kept` is given, the parts stay there.
+    """
 
     file: int
     offset: int
     count: int
+    kept: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.count
 
 
 def _load(source: np.ndarray | _Entries, first: int, stop: int, buffer: np.ndarray) -> np.ndarray:
-    """source[first:stop], in `buffer`."""
+    """source[first:stop], in `buffer` or where it is kept."""
     part = buffer[: stop - first]
-    if not isinstance(source, _Entries):
+    if isinstance(source, np.ndarray):
         part[:] = source[first:stop]
-    elif os.preadv(source.file, [part.data.cast("B")], source.offset + first * part.itemsize) != part.nbytes:
+        return part
+    if source.kept is not None:
+        part = source.kept[first:stop]
+    if os.preadv(source.file, [part.data.cast("B")], source.offset + first * part.itemsize) != part.nbytes:
         raise OSError("the .idx became shorter while it was read")
     return part
 
@@ -154,7 +165,7 @@ def check_index(
     dtype: np.dtype,
     size: int | None,
     whole_documents: bool = True,
-    chunk: int = 1 << 16,
+    chunk: int = 1 << 17,
 ) -> str | None:
     """Check in one pass that the three arrays of a .idx describe a .bin.
 
@@ -315,7 +326,7 @@ def _refuse(idx: str, array: str, entry: int, found: int, expected: str) -> NoRe
     )
 
 
-def sample_pieces(
+def sample_segments(
     document_index: np.ndarray,
     sample_index: np.ndarray,
     lengths: np.ndarray,
@@ -323,7 +334,7 @@ def sample_pieces(
     seq_length: int,
     extra_token: int = 1,
 ) -> tuple[np.ndarray, bool]:
-    """Boundaries of the pieces in one packed sample.
+    """Boundaries of the segments in one packed sample.
 
     Args:
         document_index: int32[epochs * documents], documents in packed order.
@@ -334,9 +345,9 @@ def sample_pieces(
         extra_token: 1 when the sample holds one more token for the last label, else 0.
 
     Returns:
-        (cu_seqlens int64[pieces + 1] from 0 to S, continues): `continues` says that the last label belongs to the last piece. A
+        (cu_seqlens int64[segments + 1] from 0 to S, continues): `continues` says that the last label belongs to the last segment. A
         sample shorter than S (the last one of a validation split) is padded: its inputs reach to the stream's last token, and
-        the padding is folded into the last piece, its targets masked.
+        the padding is folded into the last segment, its targets masked.
     """
     (first, offset), (last, end) = sample_index[sample : sample + 2].tolist()
     sizes = lengths[document_index[first : last + 1]].tolist()
@@ -359,7 +370,7 @@ def misplaced_sample(
     Megatron's index caches are named by the data's path: data prepared again at the same place meet the old indices.
 
     Args:
-        document_index, sample_index, lengths, seq_length: as for `sample_pieces`.
+        document_index, sample_index, lengths, seq_length: as for `sample_segments`.
         chunk: documents held at once.
     """
     if int(document_index.max(initial=0)) >= len(lengths):
@@ -390,7 +401,7 @@ def reaching_samples(
     """Which samples hold a target with an effective context of `least` or more.
 
     Args:
-        document_index, sample_index, lengths, extra_token: as for `sample_pieces`.
+        document_index, sample_index, lengths, extra_token: as for `sample_segments`.
         least: tokens, 1..S - 1.
         chunk: samples held at once.
 
@@ -404,7 +415,7 @@ def reaching_samples(
         first, last, end = index[:-1, 0], index[1:, 0], index[1:, 1]
         low = int(first[0])
         size = lengths.take(document_index[low : int(last[-1]) + 1])
-        # A piece of length L reaches L - 1, and L if its document goes on.
+        # A segment of length L reaches L - 1, and L if its document goes on.
         found = np.where(first == last, True, (size[first - low] - index[:-1, 1] > least) | (end + extra_token > least))
         whole = low + np.flatnonzero(size > least)  # documents, of which those matter that lie inside a sample
         sample = np.searchsorted(first, whole) - 1
@@ -414,12 +425,12 @@ def reaching_samples(
 
 
 @dataclass
-class PieceHistogram:
-    """Pieces by length, over a set of samples.
+class SegmentHistogram:
+    """Segments by length, over a set of samples.
 
     Attributes:
-        ended: int64[S + 1], pieces whose last target is the next document's first token.
-        continued: int64[S + 1], pieces whose document goes on in the next sample.
+        ended: int64[S + 1], segments whose last target is the next document's first token.
+        continued: int64[S + 1], segments whose document goes on in the next sample.
         closing: samples that end together with a document, which is counted in `ended`.
     """
 
@@ -447,7 +458,7 @@ def stream_tokens(lengths: np.ndarray, document_index: np.ndarray | None = None,
     return sum(int(part.sum(dtype=np.int64)) for part in _chunks(lengths, document_index, chunk))
 
 
-def piece_histogram(
+def segment_histogram(
     lengths: np.ndarray,
     seq_length: int,
     *,
@@ -455,8 +466,8 @@ def piece_histogram(
     document_index: np.ndarray | None = None,
     chosen: np.ndarray | None = None,
     chunk: int = 1 << 19,
-) -> PieceHistogram:
-    """Histogram the pieces of the first `samples` samples in one pass over the documents.
+) -> SegmentHistogram:
+    """Histogram the segments of the first `samples` samples in one pass over the documents.
 
     Args:
         lengths: int[documents], tokens per document, EOD included.
@@ -485,7 +496,7 @@ def piece_histogram(
         boundary = boundary[cut]
         head = np.minimum(boundary - (end[document] - size[document]), s)
         rest = end[document] - boundary
-        final = (rest <= s) & (boundary < stream_end)  # the document's last piece follows this boundary
+        final = (rest <= s) & (boundary < stream_end)  # the document's last segment follows this boundary
         rest = rest[final]
         sample = boundary // s
         size[document] = 0
@@ -503,5 +514,5 @@ def piece_histogram(
         offset = int(end[-1])
         if offset >= stream_end:
             break
-    ended[0] = 0  # empty documents have no piece
-    return PieceHistogram(ended, continued, closing)
+    ended[0] = 0  # empty documents have no segment
+    return SegmentHistogram(ended, continued, closing)

@@ -1,6 +1,6 @@
 """Tables of what a run is rejected for: a row is what it looks at, when it rejects, and what the user is to do. Standard library only.
 
-    Row("mtp_num_layers", is_set, "multi-token prediction uses the weights of one depth for another: unset --mtp-num-layers")
+    Row("sft", is_set, "SFT data are not GPTDataset's: unset --sft")
 
 The start of a run and `exact-megatron doctor` read the same rows, so that they cannot say different things.
 """

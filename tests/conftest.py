@@ -24,3 +24,14 @@ def write_corpus(tmp_path: Path):
         return write_documents(tmp_path / name, documents, dtype)
 
     return write
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path):
+    """A process group of this process: megatron.core's BlendedDataset asks for the rank when it caches."""
+    import torch
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    yield
+    torch.distributed.destroy_process_group()

@@ -33,6 +33,7 @@ from torch import Tensor
 from .boundaries import DocumentBoundaries, chunk_plan, document_boundaries, whole_samples
 from .context_parallel import GatherSpans, LocalKV, ToHeads, ToSequence
 from .kernels import KERNEL_FUNCTIONS, KERNELS, kernel_name
+from .multi_token_prediction import roll_within_documents
 from .supported import COMM_TYPES, check_supported
 
 MODES = ("auto", "ulysses", "gather")
@@ -77,6 +78,8 @@ class DocumentAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         check_supported(config)
+        if getattr(config, "mtp_num_layers", None):
+            roll_within_documents()
         self._check_causal(attn_mask_type)
         self.layer_number = max(1, layer_number)
         self.softmax_scale = softmax_scale
@@ -188,7 +191,7 @@ class DocumentAttention(MegatronModule):
             kv = GatherSpans.apply(key, value, local, spans)
             calls = zip(_flat(query).split(s // 2), kv, nq, nk, strict=True)
             with local.saving(kv[0]):
-                out = _join([piece for q, part, *lengths in calls for piece in kernel(q, part, None, *lengths)])
+                out = _join([out for q, part, *lengths in calls for out in kernel(q, part, None, *lengths)])
         return out.reshape(b, s, -1).transpose(0, 1).contiguous()
 
 
@@ -197,5 +200,5 @@ def _flat(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(0, 1)
 
 
-def _join(pieces: list[Tensor]) -> Tensor:
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+def _join(outputs: list[Tensor]) -> Tensor:
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

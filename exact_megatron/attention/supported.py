@@ -47,7 +47,7 @@ ATTENTION = (
     _unset("log_max_attention_logit", "the kernels return no logits, unset it"),
     _unset("fp8_dot_product_attention", "unset it, fp8 linear layers are fine"),
     _unset("fp8_multi_head_attention", "unset it, fp8 linear layers are fine"),
-    _unset("mtp_num_layers", "multi-token prediction rolls labels by cu_seqlens as if the batch were thd, unset it"),
+    _unset("mtp_hsm", "it rolls hidden states by cu_seqlens as if the batch were thd, unset it"),
     _unset("hybrid_context_parallel", "use context_parallel_size alone"),
     _unset("cuda_graph_impl", "a graph keeps its first boundaries, unset it"),
     _unset("enable_cuda_graph", "a graph keeps its first boundaries, unset it"),

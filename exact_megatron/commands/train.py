@@ -7,7 +7,15 @@ import contextlib
 import os
 
 
-def run_train(args: argparse.Namespace) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="look at all that a run looks at before its model is built, print what would run, and start nothing; 2 if refused",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
     from ..training.config import load_config
     from ..training.data_files import read_vocabulary
     from ..training.lengths import check_lengths
@@ -19,8 +27,7 @@ def run_train(args: argparse.Namespace) -> int:
     run = load_config(args.config, args.overrides)
     if not is_rank():
         read_vocabulary(run)  # a bad input is one message here, and one a rank later
-    check_lengths(run)
-    if not is_rank():
+        check_lengths(run)
         if run.trainer.num_nodes > 1:
             raise ValueError(
                 f"trainer.num_nodes={run.trainer.num_nodes}: start the ranks with torchrun on every node or with srun, "

@@ -186,6 +186,11 @@ def config_json(model: ModelConfig, seq_length: int, vocab_size: int, source: di
     Raises:
         ValueError: no family has these layers, or the run's model is not the source's.
     """
+    for key in ("num_moe_experts", "mtp_num_layers"):
+        if getattr(model, key):
+            raise ValueError(
+                f"model.{key}={getattr(model, key)}: only dense models that predict one token can be exported"
+            )
     if source is None:
         return _minimal_config(model, seq_length, vocab_size)
     before = model_settings(source, "the source's config.json")

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ..packing import read_index
-from ..prepare.corpus import cut_shards, list_files, read_documents
+from ..prepare.files import list_files
+from ..prepare.shards import cut_shards, read_documents
 from ..utils.files import read_json
 from .model import Text
 from .store import digest

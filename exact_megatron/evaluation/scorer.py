@@ -178,7 +178,8 @@ def scoring_config(state: dict[str, Any], dtype: str, tensor_parallel: int) -> A
         "micro_batch_size global_batch_size cp_comm_type overlap_p2p_comm batch_p2p_comm fp8 fp8_hybrid exact "
         "activations_checkpoint_granularity activations_checkpoint_method activations_checkpoint_num_layers hidden_dropout "
         "calculate_per_token_loss apply_rope_fusion cross_entropy_loss_fusion cross_entropy_fusion_impl loss_chunk_tokens "
-        "gradient_accumulation_fusion deterministic_mode qk_timing"
+        "gradient_accumulation_fusion deterministic_mode qk_timing moe_aux_loss_coeff moe_token_dispatcher_type moe_grouped_gemm "
+        "mtp_num_layers"
     ).split():
         setattr(m, name, getattr(plain, name))
     m.global_batch_size = 1

@@ -91,7 +91,8 @@ def check_masked(model: Any, seq_length: int) -> None:
             not support.
     """
     check_supported(model.config, seq_length)
-    for layer in model.decoder.layers:
+    depths = [m for m in getattr(model, "mtp", torch.nn.Module()).modules() if isinstance(m, TransformerLayer)]
+    for layer in [*model.decoder.layers, *depths]:  # multi-token prediction's are after the model's own
         core = getattr(getattr(layer, "self_attention", None), "core_attention", None)
         if not isinstance(layer, TransformerLayer) or not isinstance(core, DocumentAttention):
             raise ValueError(

@@ -48,11 +48,6 @@ def _modelopt(name: str) -> Row:
 
 # What would be weighted wrongly, whoever masks documents.
 ROWS = (
-    Row(
-        "mtp_num_layers",
-        is_set,
-        "multi-token prediction uses the weights of one depth for another: unset --mtp-num-layers",
-    ),
     Row("modelopt_enabled", is_set, "modelopt has a loss of its own: train without modelopt"),
     Row("export_kd_teacher_load", is_set, "distillation has a loss of its own: unset --export-kd-teacher-load"),
     _modelopt("export_quant_cfg"),

@@ -64,7 +64,17 @@ def attention_widths(m: ModelConfig) -> tuple[int, int, int]:
 
 
 def layer_matrices(m: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the matrices of one layer, as Megatron fuses them; biases apart."""
+    """(inputs, outputs) of the matrices of one layer, as Megatron fuses them; biases apart.
+
+    Raises:
+        ValueError: a mixture of experts or multi-token prediction.
+    """
+    for key in ("num_moe_experts", "mtp_num_layers"):
+        if getattr(m, key):
+            raise ValueError(
+                f"model.{key}={getattr(m, key)}: only dense layers that predict one token are counted here. Train a few steps and look "
+                "at memory.json in the run's folder"
+            )
     _, q, kv = attention_widths(m)
     gated = m.activation == "fast-swiglu"
     return {

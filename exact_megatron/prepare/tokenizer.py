@@ -11,7 +11,8 @@ from typing import Any
 
 from ..utils.files import write_json, writing
 from ..utils.tokenizer import EOD
-from .corpus import File, cut_shards, read_documents, stable_hash
+from .files import File
+from .shards import cut_shards, read_documents, stable_hash
 
 LONG_WORD = re.compile(r"\S{200}(?=\S)")  # cut for training: the trainer is quadratic in a word's length
 

@@ -27,10 +27,10 @@ VALUES = tuple(f"v{i}" for i in range(16))
 FACT, QUESTION = "F", "Q"
 WORDS = (FACT, QUESTION, *TEXT, *KEYS, *VALUES)
 FACTS = 0.3  # share of facts among facts and questions
-GAP = 3.0  # words of text between them, on average
+GAP = 1.5  # words of text between them, on average
 SPAN = 3  # words of a fact or question
 CHAIN = 12345  # seed of the chain of words: part of the task, the same in all corpora
-NEAREST = 4  # least distance of a question in a corpus
+NEAREST = 24  # least distance that is aimed at: what stands nearer is answered without finding the key, by the last value seen
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,7 +57,13 @@ def tokenizer_of(state: dict[str, Any]) -> Identity:
 _MEANING = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "bias"),
     *("qkv_bias", "qk_layernorm", "normalization", "layernorm_epsilon", "activation", "rotary_percentage"),
-    "share_embeddings_and_output_weights",
+    *(
+        "share_embeddings_and_output_weights",
+        "num_moe_experts",
+        "moe_router_topk",
+        "moe_ffn_hidden_size",
+        "mtp_num_layers",
+    ),
 )
 
 
@@ -72,19 +79,21 @@ def refuse_other_model(state: dict[str, Any], run: RunConfig, vocab_size: int | 
     Raises:
         ValueError: other layers or another vocabulary; loaded all the same, they would compute something else.
     """
-    saved = _flatten(OmegaConf.to_container(OmegaConf.create(state["config"])))
+    saved = _settings(state["config"])
     before: dict[str, Any] = {key: saved.get(f"model.{key}") for key in _MEANING}
     now: dict[str, Any] = {key: getattr(run.model, key) for key in _MEANING}
     for settings in (before, now):
         settings["num_query_groups"] = settings["num_query_groups"] or settings["num_attention_heads"]
         settings["kv_channels"] = settings["kv_channels"] or settings["hidden_size"] // settings["num_attention_heads"]
+        settings["moe_ffn_hidden_size"] = settings["moe_ffn_hidden_size"] or settings["ffn_hidden_size"]
+        settings["mtp_num_layers"] = settings["mtp_num_layers"] or 0
     if vocab_size is not None:
         before["override_vocab_size"] = state.get("vocab_size", vocab_size)
         now["override_vocab_size"] = vocab_size
     changed = {f"model.{key}": (before[key], now[key]) for key in now if before[key] != now[key]}
     if changed:
         raise ValueError(f"restore_from_path={run.restore_from_path} holds another model ({_listed(changed)})")
-    positions = _flatten(OmegaConf.to_container(OmegaConf.create(run.to_yaml())))
+    positions = _settings(run.to_yaml())
     return [
         f"{key}: {saved[key]} there, now {value}"
         for key, value in positions.items()
@@ -96,8 +105,8 @@ def refuse_other_model(state: dict[str, Any], run: RunConfig, vocab_size: int | 
 # What may be another after a resume: where and how long the run trains, its layout and the optimizer's schedule.
 _FREE = re.compile(
     r"trainer\.|exp_manager\.|restore_from_path|model\.(optim|exact|qk_timing)\.|model\.data\.(num_workers|index_mapping_dir|accept_other)|model\."
-    r"(micro_batch_size|tensor_|pipeline_|virtual_|context_|sequence_parallel|overlap_p2p|batch_p2p|cp_comm|activations_|fp8"
-    r"|transformer_engine|deterministic|calculate_per|loss_chunk|apply_rope_fusion|cross_entropy_|gradient_accumulation_fusion)"
+    r"(micro_batch_size|tensor_|pipeline_|virtual_|context_|expert_|sequence_parallel|overlap_p2p|batch_p2p|cp_comm|activations_|fp8"
+    r"|moe_token_dispatcher|moe_grouped_gemm|transformer_engine|deterministic|calculate_per|loss_chunk|apply_rope_fusion|cross_entropy_|gradient_accumulation_fusion)"
 )
 
 
@@ -111,12 +120,19 @@ def refuse_changed_run(state: dict[str, Any], run: RunConfig, digests: Mapping[s
         ValueError: other data, seed, window, batch size or model; or other EXACT settings or another census, unless
             model.exact.allow_changed_weights.
     """
-    before, after = (_flatten(OmegaConf.to_container(OmegaConf.create(c))) for c in (state["config"], run.to_yaml()))
+    before, after = _settings(state["config"]), _settings(run.to_yaml())
     changed = {k: (before.get(k), v) for k, v in after.items() if before.get(k) != v and not _FREE.match(k)}
     if changed:
         raise ValueError(
             f"the checkpoint was trained with other settings ({_listed(changed)}): the data would come in another order, or the "
             "model would be another. Put them back, or start a new stage from its weights with restore_from_path"
+        )
+    experts = "model.expert_model_parallel_size"
+    if (before[experts] > 1) != (after[experts] > 1):
+        raise ValueError(
+            f"{experts} is {before[experts]} in the checkpoint and now {after[experts]}: megatron.core stores the optimizer's state of "
+            "experts apart where they are shared out, and cannot go from one to the other. Put it back, or start a new stage from the "
+            "weights with restore_from_path"
         )
     changed = {
         key: (state["exact"].get(key), value)
@@ -136,6 +152,12 @@ def refuse_changed_run(state: dict[str, Any], run: RunConfig, digests: Mapping[s
             f"the checkpoint was trained with other EXACT weights ({_listed(changed)}).{longer} Put the settings or the data back, or "
             "accept the change with model.exact.allow_changed_weights=true"
         )
+
+
+def _settings(config: str) -> dict[str, Any]:
+    """`_flatten` of a run's YAML; a setting that a checkpoint's version did not have yet is at its default."""
+    given = _flatten(OmegaConf.to_container(OmegaConf.create(config)))
+    return {**_flatten(dataclasses.asdict(RunConfig())), **given}
 
 
 def _listed(changed: dict[str, tuple[Any, Any]]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from ..ranges import range_of, settings
 from .fp8 import misaligned
 from .schema import RunConfig
@@ -15,7 +17,7 @@ def check(config: RunConfig) -> None:
     """
     for key, field, value in settings(config):
         range_of(field).accept(key, value)
-    for topic in (_ranks, _layers, _heads, _window, _loss, _fp8, _recomputation, _optimizer, _data):
+    for topic in (_ranks, _layers, _experts, _heads, _window, _loss, _fp8, _recomputation, _optimizer, _data):
         topic(config)
 
 
@@ -64,6 +66,45 @@ def _layers(config: RunConfig) -> None:
             "model.batch_p2p_comm=true with virtual pipeline stages gives wrong gradients without an error (megatron-core 0.16 "
             "and 0.19 on gloo): leave it out, or set model.overlap_p2p_comm=true and model.batch_p2p_comm=false"
         )
+
+
+def _experts(config: RunConfig) -> None:
+    m = config.model
+    tp, ep, experts = m.tensor_model_parallel_size, m.expert_model_parallel_size, m.num_moe_experts
+    if experts is None:
+        for key in [f.name for f in dataclasses.fields(m) if f.name.startswith(("moe_", "expert_"))]:
+            value = getattr(m, key)
+            if value != getattr(RunConfig().model, key):
+                raise ValueError(f"model.{key}={value} without experts: set model.num_moe_experts, or leave it out")
+        return
+    if experts % ep:
+        raise ValueError(f"model.num_moe_experts={experts} must be a multiple of model.expert_model_parallel_size={ep}")
+    shared = config.data_parallel_size * m.context_parallel_size
+    if shared % ep:
+        raise ValueError(
+            f"model.expert_model_parallel_size={ep} must divide the {shared} ranks of data and context parallelism together"
+        )
+    if m.moe_router_topk > experts:
+        raise ValueError(f"model.moe_router_topk={m.moe_router_topk} is above model.num_moe_experts={experts}")
+    width = m.moe_ffn_hidden_size or m.ffn_hidden_size
+    if width % tp:
+        raise ValueError(
+            f"model.moe_ffn_hidden_size={width} must be a multiple of model.tensor_model_parallel_size={tp}"
+        )
+    if tp > 1 and not m.sequence_parallel:
+        raise ValueError(
+            f"model.num_moe_experts={experts} with model.tensor_model_parallel_size={tp} needs model.sequence_parallel=true: "
+            "megatron.core routes the tokens of a tensor-parallel rank, and would count each of them once a rank"
+        )
+    if tp > 1 and m.bias:
+        raise ValueError(f"model.bias=true: experts over model.tensor_model_parallel_size={tp} ranks have no biases")
+    if m.moe_aux_loss_coeff and m.moe_router_load_balancing_type == "none":
+        raise ValueError(
+            f"model.moe_aux_loss_coeff={m.moe_aux_loss_coeff:g} with model.moe_router_load_balancing_type=none, which has no "
+            "auxiliary loss: choose one, or set the coefficient to 0"
+        )
+    if m.fp8:
+        raise ValueError("model.fp8=true with model.num_moe_experts: FP8 experts were never run, set model.fp8=false")
 
 
 def _heads(config: RunConfig) -> None:
@@ -165,10 +206,10 @@ def _loss(config: RunConfig) -> None:
             "model.deterministic_mode=true with model.cross_entropy_loss_fusion=true: Megatron-LM allows no fused cross entropy in "
             "deterministic mode, set model.cross_entropy_loss_fusion=false"
         )
-    if m.mtp_num_layers:
+    if m.mtp_num_layers and m.loss_chunk_tokens:
         raise ValueError(
-            f"model.mtp_num_layers={m.mtp_num_layers}: multi-token prediction rolls loss_mask with the labels, so that the weights would "
-            "be used at the wrong depth; the native runner does not train it"
+            f"model.mtp_num_layers={m.mtp_num_layers} takes all logits of a depth at once: set model.loss_chunk_tokens="
+            f"{m.loss_chunk_tokens} to 0"
         )
     if m.exact.enabled and not data.document_masking and not m.exact.allow_unmasked_documents:
         raise ValueError(
@@ -205,6 +246,11 @@ def _recomputation(config: RunConfig) -> None:
         raise ValueError(
             f"model.activations_checkpoint_num_layers={layers} with model.activations_checkpoint_granularity="
             f"{granularity}: full recomputation needs a number of layers, anything else takes none"
+        )
+    if m.mtp_num_layers and method == "uniform" and layers != 1:
+        raise ValueError(
+            f"model.mtp_num_layers={m.mtp_num_layers} with model.activations_checkpoint_method=uniform needs "
+            f"model.activations_checkpoint_num_layers=1, not {layers}: megatron.core recomputes a depth by itself"
         )
     stage = m.num_layers // (m.pipeline_model_parallel_size * (m.virtual_pipeline_model_parallel_size or 1))
     if layers is not None and (layers > stage or (method == "uniform" and stage % layers)):

@@ -54,9 +54,9 @@ class RunLog:
         _append(self.metrics, line)
         if self.board:
             with writing(self.run_dir / "tensorboard"):
-                for name in ("lm_loss", "exact_loss", "grad_norm", "learning_rate", "tokens_per_s"):
-                    if line[name] is not None:
-                        self.board.add_scalar(name, line[name], line["step"])
+                for name, value in line.items():
+                    if isinstance(value, (int, float)) and name not in ("step", "tokens", "targets"):
+                        self.board.add_scalar(name, value, line["step"])
                 for name, bucket in line["buckets"].items():
                     if bucket["targets"]:
                         self.board.add_scalar(f"bucket_loss/{name}", bucket["loss"], line["step"])

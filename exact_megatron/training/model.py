@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from megatron.core import __version__ as megatron_version
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
+    get_gpt_mtp_block_spec,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -83,6 +90,48 @@ def _apex_fuses() -> bool:
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
+def _experts(run: RunConfig) -> dict[str, Any]:
+    """megatron.core's settings of a mixture of experts; none for a dense model.
+
+    Raises:
+        ValueError: what of it needs a GPU, on a machine without.
+    """
+    m = run.model
+    if m.num_moe_experts is None:
+        return {}
+    if m.moe_token_dispatcher_type == "alltoall" and not torch.cuda.is_available():
+        raise ValueError(
+            "model.moe_token_dispatcher_type=alltoall needs a GPU, it works with CUDA streams: use allgather"
+        )
+    if m.moe_grouped_gemm and not uses_transformer_engine(run):
+        raise ValueError(
+            "model.moe_grouped_gemm=true needs a GPU and Transformer Engine's layers: install it, or set it to false"
+        )
+    if not (torch.cuda.is_available() and transformer_engine_version()):
+        moe_utils.te_general_gemm = None  # the router's kernel; 0.16 looks for the name where it is not installed, too
+    coefficient = m.moe_aux_loss_coeff
+    if m.calculate_per_token_loss and _core_version() < (0, 19):
+        # Before 0.19 the loss is multiplied by too few tokens: those of one sequence- and context-parallel rank, and of one sample
+        # (megatron/core/transformer/moe/router.py: attach_and_log_load_balancing_loss, _apply_seq_aux_loss).
+        coefficient *= m.tensor_model_parallel_size * m.context_parallel_size
+        coefficient *= m.micro_batch_size if m.moe_router_load_balancing_type == "seq_aux_loss" else 1
+    return {
+        "num_moe_experts": m.num_moe_experts,
+        "moe_router_topk": m.moe_router_topk,
+        "moe_router_pre_softmax": m.moe_router_topk == 1,
+        "moe_ffn_hidden_size": m.moe_ffn_hidden_size or m.ffn_hidden_size,
+        "moe_router_load_balancing_type": m.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": coefficient,
+        "moe_token_dispatcher_type": m.moe_token_dispatcher_type,
+        "moe_grouped_gemm": m.moe_grouped_gemm,
+        "expert_model_parallel_size": m.expert_model_parallel_size,
+    }
+
+
+def _core_version() -> tuple[int, ...]:
+    return tuple(map(int, megatron_version.split(".")[:2]))
+
+
 def transformer_config(run: RunConfig) -> TransformerConfig:
     """megatron.core's configuration of the model and its parallel layout."""
     m = run.model
@@ -147,6 +196,9 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         apply_rope_fusion=m.apply_rope_fusion,
         cross_entropy_loss_fusion=m.cross_entropy_loss_fusion,
         cross_entropy_fusion_impl=m.cross_entropy_fusion_impl,
+        mtp_num_layers=m.mtp_num_layers or None,
+        mtp_loss_scaling_factor=m.mtp_loss_scaling_factor,
+        **_experts(run),
         **fp8,
     )
     if refused := unsupported_loss(config):
@@ -161,11 +213,14 @@ def layer_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The GPT layers with DocumentAttention as their core attention; Transformer Engine's where it is used."""
     m = run.model
+    experts = {"num_experts": m.num_moe_experts, "moe_grouped_gemm": m.moe_grouped_gemm}
     if uses_transformer_engine(run):
-        spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=m.qk_layernorm))
+        spec = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=m.qk_layernorm, **experts))
         spec.submodules.self_attention.submodules.core_attention = DocumentAttention
         return spec
-    spec = copy.deepcopy(get_gpt_layer_local_spec(qk_layernorm=m.qk_layernorm, normalization=config.normalization))
+    spec = copy.deepcopy(
+        get_gpt_layer_local_spec(qk_layernorm=m.qk_layernorm, normalization=config.normalization, **experts)
+    )
     norm = RMSNorm if m.normalization == "rmsnorm" else LayerNorm
     layer = spec.submodules
     layer.self_attention.submodules.core_attention = DocumentAttention
@@ -177,6 +232,41 @@ def layer_spec(
     )
 
 
+def mtp_spec(
+    run: RunConfig, config: TransformerConfig, layers: ModuleSpec | TransformerBlockSubmodules, vp_stage: int | None
+) -> Any:
+    """The layers of multi-token prediction on this stage, built like the model's own; None: it has none."""
+    if not config.mtp_num_layers:
+        return None
+    engine = uses_transformer_engine(run)
+    block = copy.deepcopy(get_gpt_mtp_block_spec(config, layers, use_transformer_engine=engine, vp_stage=vp_stage))
+    if block is not None and not engine:
+        for layer in block.layer_specs:
+            norm = RMSNorm if run.model.normalization == "rmsnorm" else LayerNorm
+            layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = norm
+    return block
+
+
+@contextmanager
+def _all_experts_drawn() -> Iterator[None]:
+    """Within the block a rank draws the weights of all experts and keeps its own, as it does with matrices (`use_cpu_initialization`):
+    else every expert-parallel rank has the same ones, and another number of ranks others."""
+    build = SequentialMLP.__init__
+
+    @functools.wraps(build)
+    def built(self: Any, local: int, config: Any, *args: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+        build(self, config.num_moe_experts, config, *args, pg_collection=pg_collection, **kwargs)
+        first = self.ep_group.rank() * local
+        self.local_experts = self.local_experts[first : first + local]
+        self.num_local_experts = local
+
+    SequentialMLP.__init__ = built
+    try:
+        yield
+    finally:
+        SequentialMLP.__init__ = build
+
+
 def build_chunks(run: RunConfig, vocab_size: int, device: torch.device) -> list[GPTModel]:
     """The model chunks of this rank: one, or one a virtual pipeline stage."""
     m = run.model
@@ -185,20 +275,23 @@ def build_chunks(run: RunConfig, vocab_size: int, device: torch.device) -> list[
     chunks = []
     for vp_stage in [None] if vpp is None else range(vpp):
         stage = {} if vp_stage is None else {"ignore_virtual": False, "vp_stage": vp_stage}
-        model = GPTModel(
-            config,
-            layer_spec(run, config, vp_stage),
-            vocab_size=run.padded_vocab_size(vocab_size),
-            max_sequence_length=m.max_position_embeddings or m.data.seq_length,
-            pre_process=parallel_state.is_pipeline_first_stage(**stage),
-            post_process=parallel_state.is_pipeline_last_stage(**stage),
-            share_embeddings_and_output_weights=m.share_embeddings_and_output_weights,
-            position_embedding_type="rope",
-            rotary_base=m.rotary_base,  # type: ignore[arg-type]
-            rotary_percent=m.rotary_percentage,
-            seq_len_interpolation_factor=m.seq_len_interpolation_factor,
-            vp_stage=vp_stage,
-        )
+        layers = layer_spec(run, config, vp_stage)
+        with _all_experts_drawn() if config.use_cpu_initialization else nullcontext():
+            model = GPTModel(
+                config,
+                layers,
+                vocab_size=run.padded_vocab_size(vocab_size),
+                max_sequence_length=m.max_position_embeddings or m.data.seq_length,
+                pre_process=parallel_state.is_pipeline_first_stage(**stage),
+                post_process=parallel_state.is_pipeline_last_stage(**stage),
+                share_embeddings_and_output_weights=m.share_embeddings_and_output_weights,
+                position_embedding_type="rope",
+                rotary_base=m.rotary_base,  # type: ignore[arg-type]
+                rotary_percent=m.rotary_percentage,
+                seq_len_interpolation_factor=m.seq_len_interpolation_factor,
+                mtp_block_spec=mtp_spec(run, config, layers, vp_stage),
+                vp_stage=vp_stage,
+            )
         rotary = model.rotary_pos_emb
         if m.rope_scaling.rope_type == "llama3":  # megatron.core's argument for it sets the factor alone
             scaling = m.rope_scaling.used()

@@ -209,7 +209,22 @@ class ModelConfig:
     override_vocab_size: Optional[int] = whole(
         None, least=1
     )  # rows of the vocabulary, at least the data's; null: from PREFIX.json
-    mtp_num_layers: Optional[int] = whole(None, least=0)
+    num_moe_experts: Optional[int] = whole(None, least=2)  # in every layer, in place of its MLP; null: a dense model
+    moe_router_topk: int = whole(
+        2, least=1
+    )  # experts of a token; with 1 the router's softmax is taken before the choice
+    moe_ffn_hidden_size: Optional[int] = whole(None, least=1)  # of an expert; null: ffn_hidden_size
+    # An auxiliary loss of a micro-batch, or of each sample. (megatron.core's global_aux_loss weighs less the more data-parallel ranks
+    # there are, and sinkhorn routes a token by later ones.)
+    moe_router_load_balancing_type: str = choice("aux_loss", ["aux_loss", "seq_aux_loss", "none"])
+    moe_aux_loss_coeff: float = number(0.0, least=0)
+    moe_token_dispatcher_type: str = choice("allgather", ["allgather", "alltoall"])  # alltoall: on a GPU
+    moe_grouped_gemm: bool = switch(False)  # Transformer Engine's kernel for all experts of a rank
+    expert_model_parallel_size: int = whole(
+        1, least=1
+    )  # of the data- and context-parallel ranks, which share the experts
+    mtp_num_layers: Optional[int] = whole(None, least=0)  # depths of multi-token prediction
+    mtp_loss_scaling_factor: float = number(0.1, least=0)  # of the mean of the depths' losses
     activations_checkpoint_granularity: Optional[str] = choice(None, ["selective", "full"])
     activations_checkpoint_method: Optional[str] = choice(None, ["uniform", "block"])  # with full
     activations_checkpoint_num_layers: Optional[int] = whole(None, least=1)

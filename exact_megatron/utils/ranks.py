@@ -17,6 +17,7 @@ SHUTDOWN_SECONDS = 600  # for a checkpoint after a stop signal; torchrun's own d
 ONE_RANK = """
     trainer.devices=1 trainer.num_nodes=1 model.tensor_model_parallel_size=1 model.context_parallel_size=1
     model.pipeline_model_parallel_size=1 model.virtual_pipeline_model_parallel_size=null model.sequence_parallel=false
+    model.expert_model_parallel_size=1
 """.split()  # overrides for the settings of a run, whatever its own layout
 
 

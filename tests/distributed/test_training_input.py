@@ -12,6 +12,8 @@ from exact_megatron.training.config import load_config, parse_blend
 from tests.helpers.ranks import launch
 from tests.helpers.tiny import config_file, write_data, write_documents
 
+EXPERTS = ["model.num_moe_experts=4"]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -66,7 +68,36 @@ def folder(tmp_path_factory):
             "the 1 KV heads of a tensor-parallel rank do not divide by model.context_parallel_size=2: use all_gather",
         ),
         (["model.attention_dropout=0.1"], "attention_dropout=0.1: the attention over documents has none"),
-        (["model.mtp_num_layers=1"], "mtp_num_layers=1: multi-token prediction rolls loss_mask"),
+        (
+            ["model.mtp_num_layers=1", "model.loss_chunk_tokens=8"],
+            "mtp_num_layers=1 takes all logits of a depth at once",
+        ),
+        (
+            ["model.mtp_num_layers=1", "model.activations_checkpoint_granularity=full"]
+            + ["model.activations_checkpoint_method=uniform", "model.activations_checkpoint_num_layers=2"],
+            "needs model.activations_checkpoint_num_layers=1, not 2",
+        ),
+        (["model.moe_aux_loss_coeff=0.1"], "moe_aux_loss_coeff=0.1 without experts: set model.num_moe_experts"),
+        (["model.expert_model_parallel_size=2"], "expert_model_parallel_size=2 without experts"),
+        (
+            [*EXPERTS, "model.expert_model_parallel_size=3"],
+            "=4 must be a multiple of model.expert_model_parallel_size=3",
+        ),
+        (
+            [*EXPERTS, "model.expert_model_parallel_size=2"],
+            "=2 must divide the 1 ranks of data and context parallelism",
+        ),
+        ([*EXPERTS, "model.moe_router_topk=5"], "moe_router_topk=5 is above model.num_moe_experts=4"),
+        (
+            [*EXPERTS, "trainer.devices=2", "model.tensor_model_parallel_size=2"],
+            "model.tensor_model_parallel_size=2 needs model.sequence_parallel=true",
+        ),
+        (
+            [*EXPERTS, "model.moe_aux_loss_coeff=0.1", "model.moe_router_load_balancing_type=none"],
+            "=none, which has no auxiliary loss",
+        ),
+        ([*EXPERTS, "model.moe_router_load_balancing_type=sinkhorn"], "is not one of aux_loss, seq_aux_loss, none"),
+        ([*EXPERTS, "model.fp8=true"], "FP8 experts were never run"),
         (["model.data.document_masking=false"], "weighted by a context that is not what they see"),
         (
             ["trainer.devices=2", "model.context_parallel_size=2", "model.calculate_per_token_loss=false"],

@@ -46,6 +46,11 @@ esac
 """
 
 
+def _hear_interrupts():
+    """A shell ignores for good what is ignored where it starts, as SIGINT is in the background of another shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def slurm(tmp_path):
     """run(script, *arguments, **settings) in a folder with stand-ins for Slurm's commands and an environment that is all but empty.
@@ -78,7 +83,13 @@ def slurm(tmp_path):
         }
         command = ["bash", "-c", script, "-"] if "\n" in script else ["bash", str(SCRIPTS / script)]
         return subprocess.run(
-            [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+            [*command, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            preexec_fn=_hear_interrupts,
         )
 
     run.folder = tmp_path
@@ -611,10 +622,11 @@ def test_containers_of_a_chain_see_all_of_it(slurm):
 def test_the_commands_of_a_chain_are_understood(slurm, monkeypatch, evaluate):
     """What stages.sh submits goes through the real command line: a renamed option is seen here, and not after days of training."""
     from exact_megatron import cli, convert
+    from exact_megatron.commands import train
     from exact_megatron.evaluation import command
 
     seen = []
-    for module, name in ((convert, "run"), (command, "run"), (command, "run_compare"), (cli, "run_train")):
+    for module, name in ((convert, "run"), (command, "run"), (command, "run_compare"), (train, "run")):
         monkeypatch.setattr(module, name, lambda args, name=name: seen.append(args) or 0)
     done = stages(slurm, "--evaluate", f"--suite distance-probe {evaluate}")
     assert done.returncode == 0, done.stderr

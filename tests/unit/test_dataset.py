@@ -42,15 +42,6 @@ def build(config, sizes, exact=ON, **arguments):
     return builder.build(), builder
 
 
-@pytest.fixture
-def one_rank(tmp_path):
-    """BlendedDataset asks for the rank when it caches."""
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def count_over_tokens(dataset, lengths_of):
     """Census by reading every sample; `lengths_of(sample)` gives the corpus of a sample."""
     counts = np.zeros(S + 1, np.int64)
@@ -376,7 +367,10 @@ def test_the_longest_wait_for_a_tail_weight_is_that_of_the_samples(
             (train, _, _), builder = build(
                 dataset_config(tmp_path, blend, add_extra_token_to_sequence=extra), [samples, 0, 0], exact
             )
-            tail = [bool(np.isin(train[i]["loss_mask"].numpy(), builder.table.marks).any()) for i in range(len(train))]
+            tail = [
+                bool(np.isin(train[i]["loss_mask"].numpy(), builder.table.bucket_markers).any())
+                for i in range(len(train))
+            ]
             runs = "".join("x" if t else "." for t in tail).split("x")
             assert gaps.pop() == max(map(len, runs)) > 0
 

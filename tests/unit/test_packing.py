@@ -1,12 +1,13 @@
 """A .idx that does not describe its .bin is refused everywhere, or makes no difference."""
 
 import json
+import os
 import struct
 
 import numpy as np
 import pytest
 
-from exact_megatron import ExactConfig, ExposureCensus
+from exact_megatron import ExactConfig, ExposureCensus, packing
 from exact_megatron.cli import main
 from exact_megatron.packing import check_index, read_index
 from tests.unit.test_dataset import ON, S, build, dataset_config
@@ -216,6 +217,102 @@ def test_every_path_refuses_a_damaged_index_before_megatron_packs_by_it(tmp_path
         main(command)
         printed = capsys.readouterr()
         assert message in printed.out + printed.err, command
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """The prefixes that are checked from now on; files count as settled when they were written just now."""
+    monkeypatch.setattr(packing, "SETTLED_SECONDS", -1e9)
+    seen = []
+
+    def check(prefix, *rest, **more):
+        seen.append(os.path.basename(prefix))
+        return check_index(prefix, *rest, **more)
+
+    monkeypatch.setattr(packing, "check_index", check)
+    return seen
+
+
+def test_a_start_checks_each_index_once(tmp_path, checked, one_rank):
+    from exact_megatron.training.config import load_config
+    from exact_megatron.training.data_files import read_vocabulary
+    from exact_megatron.training.lengths import check_lengths
+    from tests.helpers.tiny import config_file
+
+    prefixes = [str(tmp_path / name) for name in "xy"]
+    for prefix in prefixes:
+        write(prefix, [60] * 200)
+    run = load_config(config_file(tmp_path, prefixes[0]), [f"model.data.data_prefix=[{','.join(prefixes)}]"])
+    read_vocabulary(run)
+    check_lengths(run)
+    build(dataset_config(tmp_path, (prefixes, None)), [30, 0, 0])
+    assert checked == ["x", "y"]
+    np.testing.assert_array_equal(read_index(prefixes[0]).lengths, [60] * 200)
+
+
+def test_a_changed_file_is_checked_again(tmp_path, checked):
+    prefix = str(tmp_path / "x")
+    index = bytearray(write(prefix, [60] * 200))
+    for _ in range(2):
+        assert read_index(prefix).lengths.sum() == 12000
+    assert checked == ["x"]
+    os.truncate(f"{prefix}.bin", 100)
+    with pytest.raises(ValueError, match="x.bin has 100 bytes"):
+        read_index(prefix)
+    write(prefix, [30] * 400)
+    assert read_index(prefix).lengths.sum() == 12000 and len(read_index(prefix).lengths) == 400
+    write(prefix, [60] * 200)
+    struct.pack_into("<i", index, HEADER + 4 * 11, -60)
+    (tmp_path / "new").write_bytes(index)  # of the same size and time, as a copy that keeps times has them
+    facts = os.stat(f"{prefix}.idx")
+    os.utime(tmp_path / "new", ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert read_index(prefix).lengths[11] == 60
+    os.replace(tmp_path / "new", f"{prefix}.idx")
+    for whole in (True, False):
+        with pytest.raises(ValueError, match="entry 11 of its sequence lengths"):
+            read_index(prefix, whole)
+
+
+def test_what_was_accepted_as_sentences_is_refused_as_documents(tmp_path, checked):
+    write(tmp_path / "x", [60] * 200, documents=range(0, 201, 4))
+    assert read_index(tmp_path / "x", whole_documents=False).documents == 50
+    with pytest.raises(ValueError, match=SENTENCES):
+        read_index(tmp_path / "x")
+    assert checked == ["x"]
+
+
+def test_a_file_that_was_written_just_now_is_checked_every_time(tmp_path, checked, monkeypatch):
+    """Two writes may have one time."""
+    monkeypatch.setattr(packing, "SETTLED_SECONDS", 3600)
+    index = bytearray(write(tmp_path / "x", [60] * 200))
+    read_index(tmp_path / "x")
+    facts = os.stat(tmp_path / "x.idx")
+    struct.pack_into("<i", index, HEADER + 4 * 11, -60)
+    (tmp_path / "x.idx").write_bytes(index)
+    os.utime(tmp_path / "x.idx", ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    with pytest.raises(ValueError, match="entry 11 of its sequence lengths"):
+        read_index(tmp_path / "x")
+
+
+def test_lengths_that_are_not_aligned_are_counted_without_a_copy_for_each_chunk(tmp_path, monkeypatch):
+    """Mapped behind a header of 34 bytes, as Megatron has them; each `take` would copy all of them."""
+    write(tmp_path / "x", lengths := np.arange(1, 400))
+    mapped = np.memmap(tmp_path / "x.idx", np.int32, "r", HEADER, (len(lengths),))
+    assert not mapped.flags.aligned and packing.aligned(mapped).flags.aligned
+    order = np.random.default_rng(0).permutation(len(lengths)).astype(np.int32)
+    seen = []
+    stock = packing._chunks
+
+    def chunks(lengths, *rest):
+        seen.append(lengths.flags.aligned)
+        return stock(lengths, *rest)
+
+    monkeypatch.setattr(packing, "_chunks", chunks)
+    found = ExposureCensus.from_document_lengths(mapped, 64, document_index=order)
+    assert seen == [True, True]
+    np.testing.assert_array_equal(
+        found.counts, ExposureCensus.from_document_lengths(lengths, 64, document_index=order).counts
+    )
 
 
 def test_object_storage_is_checked_once_megatron_has_the_index(tmp_path, monkeypatch):

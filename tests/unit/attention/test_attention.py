@@ -229,7 +229,7 @@ def test_document_boundaries_refuses(cuts, batch, message):
         ("log_max_attention_logit", True),
         ("fp8_dot_product_attention", True),
         ("fp8_multi_head_attention", True),
-        ("mtp_num_layers", 1),
+        ("mtp_hsm", True),
         ("hybrid_context_parallel", True),
         ("cuda_graph_impl", "local"),
         ("enable_cuda_graph", True),
@@ -243,8 +243,8 @@ def test_refuses(field, value):
 
 
 def test_refuses_all_at_once():
-    with pytest.raises(ValueError, match="attention_dropout=0.1: set it to 0.0\n.*\n.*mtp_num_layers=1: "):
-        check_supported(SimpleNamespace(attention_dropout=0.1, qk_clip=True, mtp_num_layers=1))
+    with pytest.raises(ValueError, match="attention_dropout=0.1: set it to 0.0\n.*\n.*mtp_hsm=True: "):
+        check_supported(SimpleNamespace(attention_dropout=0.1, qk_clip=True, mtp_hsm=True))
 
 
 def test_refuses_lengths():

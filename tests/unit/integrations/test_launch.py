@@ -164,7 +164,7 @@ def test_old_cores_cannot_mask_all_layers(args):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ({"mtp_num_layers": 1}, "multi-token prediction"),
+        ({"mtp_hsm": True}, "mtp_hsm=True: it rolls hidden states"),
         ({"data_path": None}, "give --data-path"),
         ({"export_quant_cfg": "fp8"}, "unset --export-quant-cfg"),
         ({"export_num_medusa_heads": 2}, "unset --export-num-medusa-heads"),
@@ -307,8 +307,8 @@ def test_means_over_a_log_interval_leave_out_steps_without_a_target(monkeypatch)
 
 def test_a_refused_run_takes_no_step(monkeypatch, config):
     host = Host(monkeypatch, config)
-    host.args.mtp_num_layers = 1
-    with pytest.raises(ValueError, match="refuses this run:\n  multi-token"):
+    host.args.sft = True
+    with pytest.raises(ValueError, match="refuses this run:\n  SFT data"):
         host.run(MegatronLM(UNMASKED))
     assert host.steps == []
 
@@ -533,7 +533,7 @@ def test_doctor_fits_a_screen_and_fails_for_a_run_that_would(capsys, write_corpu
         (["--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "te"], "cross_entropy_fusion_impl"),
         (["--softmax-type", "learnable"], "softmax_type"),
         (["--iterations-to-skip", "3", "4"], "--iterations-to-skip"),
-        (["--mtp-num-layers", "1"], "multi-token"),
+        (["--mtp-hsm"], "mtp_hsm"),
         (["--mock-data"], "mock"),
         (["--export-quant-cfg", "fp8"], "modelopt"),
         (["--seq-length", "abc"], "invalid int value: 'abc'"),

@@ -18,8 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exact_megatron.prepare import corpus
+from exact_megatron.prepare import files as input_files
+from exact_megatron.prepare import formats
 from exact_megatron.prepare import prepare as room
+from exact_megatron.prepare import shards as input_shards
 from exact_megatron.prepare import tokenizer as tokenizer_module
 from exact_megatron.utils.tokenizer import identity, load_tokenizer
 
@@ -154,14 +156,14 @@ JSON = [{"text": text, "n": i} for i, text in enumerate(TEXTS)]
 def test_json_is_read_by_what_it_holds(tmp_path, content, block):
     path = tmp_path / "a.json"
     path.write_text(content)
-    file = corpus._file("a.json", str(path), "text")
+    file = input_files._file("a.json", str(path), "text")
     lines = b"".join(
-        line for line, _ in (corpus._value_lines if file.kind == "values" else corpus._blocks)(str(path), block)
+        line for line, _ in (formats.value_lines if file.kind == "values" else formats.utf8_blocks)(str(path), block)
     )
-    shard = corpus.Shard(1, (file,), lines)
-    assert [text for _, text, _, _ in corpus.read_documents(shard, "text")] == TEXTS
-    shards = corpus.cut_shards([file], 200)
-    assert [text for shard in shards for _, text, *_ in corpus.read_documents(shard, "text")] == TEXTS
+    shard = input_shards.Shard(1, (file,), lines)
+    assert [text for _, text, _, _ in input_shards.read_documents(shard, "text")] == TEXTS
+    shards = input_shards.cut_shards([file], 200)
+    assert [text for shard in shards for _, text, *_ in input_shards.read_documents(shard, "text")] == TEXTS
 
 
 @pytest.mark.parametrize(
@@ -181,8 +183,8 @@ def test_json_that_is_not(tmp_path, content, message):
     path = tmp_path / "a.json"
     path.write_text(content)
     with raises(ValueError, "a.json", message):
-        for shard in corpus.cut_shards([corpus._file("a.json", str(path), "text")], 1 << 20):
-            list(corpus.read_documents(shard, "text"))
+        for shard in input_shards.cut_shards([input_files._file("a.json", str(path), "text")], 1 << 20):
+            list(input_shards.read_documents(shard, "text"))
 
 
 RECORDS = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -202,9 +204,11 @@ RECORDS = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 )
 def test_json_records_under_another_name_are_records(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
-    files, _ = corpus.list_files([str(tmp_path / name)])
+    files, _ = input_files.list_files([str(tmp_path / name)])
     assert [
-        text for shard in corpus.cut_shards(files, 999) for _, text, *_ in corpus.read_documents(shard, "text")
+        text
+        for shard in input_shards.cut_shards(files, 999)
+        for _, text, *_ in input_shards.read_documents(shard, "text")
     ] == TEXTS
 
 
@@ -215,9 +219,9 @@ def test_json_records_under_another_name_are_records(tmp_path, name, data):
 )
 def test_text_that_begins_like_json_is_a_document(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)
-    files, _ = corpus.list_files([str(tmp_path / "a.txt")])
-    (shard,) = corpus.cut_shards(files, 1 << 20)
-    assert [found[1] for found in corpus.read_documents(shard, "text")] == [text]
+    files, _ = input_files.list_files([str(tmp_path / "a.txt")])
+    (shard,) = input_shards.cut_shards(files, 1 << 20)
+    assert [found[1] for found in input_shards.read_documents(shard, "text")] == [text]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a", "a.md.gz"])
@@ -228,9 +232,9 @@ def test_text_that_begins_like_json_is_a_document(tmp_path, text):
 )
 def test_records_of_another_key_are_named(tmp_path, name, text):
     (tmp_path / name).write_bytes(PACK.get(Path(name).suffix, bytes)(text.encode()))
-    files, _ = corpus.list_files([str(tmp_path / name)])
-    (shard,) = corpus.cut_shards(files, 1 << 20)
-    first, *more = corpus.read_documents(shard, "text")
+    files, _ = input_files.list_files([str(tmp_path / name)])
+    (shard,) = input_shards.cut_shards(files, 1 << 20)
+    first, *more = input_shards.read_documents(shard, "text")
     assert first[1:3] == ("", "empty") and first[3].reason == "no 'text' (--text-key)"
     assert first[3].first.endswith("1, which has 'content'") and first[3].path == str(tmp_path / name)
     assert [found[1] for found in more] in ([], [""], ["y"])
@@ -248,8 +252,8 @@ def test_records_of_another_key_alone_are_an_error(tmp_path):
 
 def read_lines(path, content):
     path.write_text(content)
-    (shard,) = corpus.cut_shards(corpus.list_files([str(path)])[0], 1 << 20)
-    return list(corpus.read_documents(shard, "text"))
+    (shard,) = input_shards.cut_shards(input_files.list_files([str(path)])[0], 1 << 20)
+    return list(input_shards.read_documents(shard, "text"))
 
 
 def test_json_texts_are_treated_as_texts_of_files(tmp_path):
@@ -258,7 +262,7 @@ def test_json_texts_are_treated_as_texts_of_files(tmp_path):
         path, '{"text": "\ufeffa"}\n{"text": "b\\u0000"}\n{"x": {"text": 1, "text": 2}, "text": "c"}\n'
     )
     assert one[1:3] == ("a", "") and three[1:3] == ("c", "")
-    assert two[1:] == ("", "binary", corpus.LeftOut(str(path), "binary (it holds NUL bytes)", 1, f"{path}:2"))
+    assert two[1:] == ("", "binary", input_files.LeftOut(str(path), "binary (it holds NUL bytes)", 1, f"{path}:2"))
     with raises(ValueError, f"{path}:1", "'text' .--text-key. is given twice"):
         read_lines(path, '{"text": "a", "m": {"text": 1}, "text": "b"}')
 
@@ -267,8 +271,8 @@ def test_json_texts_are_treated_as_texts_of_files(tmp_path):
 def test_a_compressed_file_under_another_name_is_named_so(tmp_path, suffix):
     path = tmp_path / f"a.txt{suffix}.bak"
     path.write_bytes(PACK[suffix](b"some text"))
-    (shard,) = corpus.cut_shards(corpus.list_files([str(path)])[0], 1 << 20)
-    ((*_, note, left),) = corpus.read_documents(shard, "text")
+    (shard,) = input_shards.cut_shards(input_files.list_files([str(path)])[0], 1 << 20)
+    ((*_, note, left),) = input_shards.read_documents(shard, "text")
     assert note == "binary" and left.reason == f"binary (its content is {suffix}: rename it so)"
 
 
@@ -290,7 +294,7 @@ def test_long_json_values_are_scanned_in_linear_time(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": "x" * 8_000_000}]))
     started = time.process_time()
-    assert sum(1 for _ in corpus._value_lines(str(path), 1 << 12)) == 1
+    assert sum(1 for _ in formats.value_lines(str(path), 1 << 12)) == 1
     assert time.process_time() - started < 2
 
 
@@ -856,7 +860,7 @@ def test_strict_says_by_its_exit_code_that_something_was_left_out(tmp_path, caps
 
 
 def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(input_files.importlib.util, "find_spec", lambda name: None)
     for name in ("p.parquet", "a.jsonl.zst"):
         (tmp_path / name).write_bytes(b"x")
         with raises(ValueError, name, "pip install"):
