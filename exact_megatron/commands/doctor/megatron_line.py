@@ -173,9 +173,10 @@ _OTHER_STAGES = """
     account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
 """
 _STORED = "--use-checkpoint-args"
+_PATTERNS = ("--hybrid-layer-pattern", "--hybrid-override-pattern")
 # What Megatron-LM's validate_args, TransformerConfig and microbatch calculator assert (megatron/training/arguments.py and others).
 ROWS = (
-    _needs("--num-layers", "--encoder-num-layers", "--heterogeneous-layers-config-path", _STORED),
+    _needs("--num-layers", "--encoder-num-layers", "--heterogeneous-layers-config-path", *_PATTERNS, _STORED),
     _needs("--hidden-size", _STORED),
     _needs("--num-attention-heads", _STORED),
     _needs("--max-position-embeddings", _STORED),
