@@ -10,6 +10,7 @@ Settings may stand anywhere on the line: `model.exact.alpha=0.2`, `--exact-alpha
 has EXACT_ALPHA and EXACT_CONFIG. Files yield to the environment, the environment to the line. Without
 model.exact.enabled=true the script runs as it is, and refuses to go on from a checkpoint that was trained with weights.
 `model.qk_timing.enabled=true` (also in FILE) slows the queries and keys of upper layers at first, with or without EXACT.
+A run that EXACT rejects ends with one reason; --traceback before the settings shows where it was found.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def main(arguments: list[str] | None = None, traceback: bool = False) -> int:
         What the script raises.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["--traceback"]:
+        traceback, arguments = True, arguments[1:]
     if arguments[:1] in (["--help"], ["-h"]):
         print(__doc__)
         return 0

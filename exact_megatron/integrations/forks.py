@@ -65,13 +65,16 @@ def followed(
     Raises (a callable that is no partial: when it is called):
         ExactError: it is a partial of another function, or ran none that is hooked.
     """
-    wrong = ExactError(
-        f"{name_of(forward_step)} returned the loss function {name_of(returned)}, which EXACT has not hooked: it would take the weights "
-        f"for a mask. Decorate it with {HOOK} ({WAY_OUT})"
-    )
+
+    def wrong() -> ExactError:
+        return ExactError(
+            f"{name_of(forward_step)} returned the loss function {name_of(returned)}, which EXACT has not hooked: it would take the "
+            f"weights for a mask. Decorate it with {HOOK} ({WAY_OUT})"
+        )
+
     if isinstance(returned, functools.partial):
         if not any(target_of(returned) is function for function in hooked):
-            raise wrong
+            raise wrong()
         return returned
 
     @functools.wraps(returned)
@@ -79,7 +82,7 @@ def followed(
         before = loss.calls
         result = returned(*args, **kwargs)
         if loss.calls == before:
-            raise wrong
+            raise wrong()
         return result
 
     return counted

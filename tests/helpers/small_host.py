@@ -12,8 +12,10 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from exact_megatron import ExactConfig
 
 ARGS = {"micro_batch_size": 1, "transformer_impl": "transformer_engine", "spec": None, "data_path": ["x"]}
-MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 4096 --micro-batch-size 1"
-MODEL += " --train-iters 10 --lr 1e-3"
+MODEL = """
+    --num-layers 2 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 4096
+    --micro-batch-size 1 --train-iters 10 --lr 1e-3
+"""
 UNMASKED = ExactConfig(enabled=True, alpha=0.5, allow_unmasked_documents=True)
 
 SCRIPT = """

@@ -105,7 +105,7 @@ def logs(request, tmp_path_factory):
 
     jobs = [job(name, name) for name in ["pretrain_gpt", *write_forks(checkout)]]
     jobs.append(job("leaves", "own_pretrain", "--exit-interval", "1"))
-    jobs.append(job("refused_early", "pretrain_gpt", "--mtp-num-layers", "1"))
+    jobs.append(job("refused_early", "pretrain_gpt", "--iterations-to-skip", "3"))
     lm.run_jobs(checkout, folder, 1, jobs)
     return lambda name: lm.Log(folder, name)
 
@@ -125,7 +125,7 @@ def test_the_ways_out_print_the_losses_of_the_stock_script(logs, name):
         ("own_loss", "the loss function loss_func in pretrain_gpt.py, which EXACT has not hooked"),
         ("second_loss", "forward_step.<locals>.<lambda> in second_loss.py, which EXACT has not hooked"),
         ("other_samples", "those of Own are others: labels of sample 0"),
-        ("refused_early", "multi-token prediction"),
+        ("refused_early", "would be another batch's: unset --iterations-to-skip"),
     ],
 )
 def test_others_end_before_their_first_step_with_one_reason(logs, name, words):

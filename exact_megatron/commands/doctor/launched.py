@@ -26,10 +26,10 @@ def megatron_lm_run(words: list[str]) -> dict[str, Any]:
         return {"refused": refused}
     config, script, rest, args = parsed
     source, seq_length, eod = script.read_text(), *(value_of(name, args) for name in ("seq_length", "eod_mask_loss"))
-    refused = _starts(line, script, source, rest, args)
+    core = checkout_core(script.parent) or checkout_core(Path(os.environ.get("MEGATRON_LM", ".")))
+    refused = _starts(line, script, rest, args) if core else []
     if not config.enabled:
         return effect(config, None, list, "the script's own: EXACT is not enabled", False, refused)
-    core = checkout_core(script.parent) or checkout_core(Path(os.environ.get("MEGATRON_LM", ".")))
     if core is None:
         return {
             "refused": [
@@ -54,7 +54,7 @@ def megatron_lm_run(words: list[str]) -> dict[str, Any]:
     return effect(config, seq_length, lambda: training_data(args), masking, bool(eod), refused)
 
 
-def _starts(line: Line, script: Path, source: str, rest: list[str], args: Any) -> list[str]:
+def _starts(line: Line, script: Path, rest: list[str], args: Any) -> list[str]:
     """Why Megatron-LM itself would not start."""
     sizes: dict[str, int] = {}
     if line.world is not None:
@@ -62,6 +62,4 @@ def _starts(line: Line, script: Path, source: str, rest: list[str], args: Any) -
             value_of(f"{name}_parallel_size", args) or 1 for name in ("tensor_model", "pipeline_model", "context")
         ]
         sizes = {"world_size": line.world, "data_parallel_size": max(1, line.world // math.prod(shards))}
-    ours = ["--exact-", "--qk-timing-"]
-    words = [word for word in rest if not word.startswith(tuple(ours))]
-    return unknown_options(words, options(script)) + reasons(ROWS, sizes, args)
+    return unknown_options(rest, options(script)) + reasons(ROWS, sizes, args)

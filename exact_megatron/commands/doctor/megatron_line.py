@@ -74,16 +74,15 @@ def options(script: Path) -> set[str]:
     if not parser.is_file() or re.search(r"ignore_unknown_args\s*=\s*True", own):
         return set()
     files = [*training.rglob("*.py"), *(script.parent / "megatron" / "post_training").rglob("*.py")]
-    core = (script.parent / "megatron" / "core").rglob("*config*.py")
-    found = set()
-    for text in [own, *(file.read_text() for file in [*script.parent.glob("*.py"), *files])]:
-        found |= set(re.findall(r"""["'](--[A-Za-z][\w-]*)["']""", text))
-    if "ArgumentGroupFactory" in parser.read_text():  # options from the fields of dataclasses
-        for text in (file.read_text() for file in [*files, *core]):
-            for name in re.findall(r"^    (\w+)\s*:", text, re.M) if "dataclass" in text else []:
-                flag = name.replace("_", "-")
-                found |= {f"--{flag}", f"--no-{flag}"}
-    return found
+    files += (script.parent / "megatron" / "core").rglob("*.py")
+    texts = [own, *(file.read_text() for file in [*script.parent.glob("*.py"), *files])]
+    fields = "ArgumentGroupFactory" in parser.read_text()  # options from the fields of dataclasses
+    names = {"help"}
+    for text in texts:
+        names |= set(re.findall(r"""["']--([A-Za-z][\w-]*)["']""", text))
+        if fields and re.search(r"^class \w+Config\b", text, re.M):
+            names |= {name.replace("_", "-") for name in re.findall(r"^    (\w+)\s*:", text, re.M)}
+    return {f"--{prefix}{name}" for name in names for prefix in ("", "no-", "disable-")}
 
 
 def unknown_options(words: list[str], known: set[str]) -> list[str]:
@@ -174,9 +173,10 @@ _OTHER_STAGES = """
     account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
 """
 _STORED = "--use-checkpoint-args"
+_PATTERNS = ("--hybrid-layer-pattern", "--hybrid-override-pattern")
 # What Megatron-LM's validate_args, TransformerConfig and microbatch calculator assert (megatron/training/arguments.py and others).
 ROWS = (
-    _needs("--num-layers", "--encoder-num-layers", "--heterogeneous-layers-config-path", _STORED),
+    _needs("--num-layers", "--encoder-num-layers", "--heterogeneous-layers-config-path", *_PATTERNS, _STORED),
     _needs("--hidden-size", _STORED),
     _needs("--num-attention-heads", _STORED),
     _needs("--max-position-embeddings", _STORED),

@@ -127,6 +127,14 @@ def test_what_megatron_needs_is_asked_for(line, doctor, flag):
     assert f"{flag} is not on the line" in doctor(ON, *without(line, flag))[0]
 
 
+def test_scripts_of_other_hosts_are_not_judged_by_megatrons_options(doctor, tmp_path, monkeypatch):
+    monkeypatch.delenv("MEGATRON_LM", raising=False)
+    (tmp_path / "run.py").touch()
+    assert (
+        "nothing: the run would start without EXACT's weights" in doctor(str(tmp_path / "run.py"), "--recipe", "x")[0]
+    )
+
+
 def test_samples_count_as_steps(line, doctor):
     samples = [*without(line, "--train-iters"), "--train-samples", "80"]
     assert "nothing: EXACT" in doctor(ON, *samples)[0]

@@ -162,11 +162,11 @@ def test_subclasses_of_mock_data_are_no_packed_documents():
 
 def test_what_is_known_from_arguments_is_refused_before_a_model_is_built(monkeypatch, config):
     host = Host(monkeypatch, config)
-    host.args.mtp_num_layers = 1
+    host.args.sft = True
     monkeypatch.setattr(Host, "pretrain", own_start)
-    with pytest.raises(ValueError, match="multi-token prediction"):
+    with pytest.raises(ValueError, match="SFT data are not"):
         host.run(MegatronLM(UNMASKED))
-    host.args.mtp_num_layers = None
+    host.args.sft = False
     with pytest.raises(ValueError, match="tau=64 lies above the last bucket"):
         host.run(MegatronLM(ExactConfig(enabled=True, tau=64, allow_unmasked_documents=True)))
 
