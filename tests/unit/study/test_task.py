@@ -50,7 +50,9 @@ def test_distances_are_spread_over_their_logarithm():
             counts[int(np.log2(distance))] += 1
     shares = {k: counts[k] / sum(counts.values()) for k in counts}
     assert all(0.07 < shares[k] < 0.35 for k in range(5, 10))
-    assert sum(share for k, share in shares.items() if k < 4) < 0.05  # 16 tokens and more, where a fact stands so far back
+    assert (
+        sum(share for k, share in shares.items() if k < 4) < 0.05
+    )  # 16 tokens and more, where a fact stands so far back
 
 
 @pytest.mark.parametrize("distance", [8, 64, 500, 1016])
