@@ -100,7 +100,7 @@ def check_blend(blend: Any, config: Any) -> None:
 def _unreadable(path: str) -> str | None:
     """Why numpy cannot map a .npy file, None where it can."""
     try:
-        np.load(path, mmap_mode="r")
+        np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError, OSError) as error:
         return " ".join(str(error).split())
     return None

@@ -19,6 +19,7 @@ from .schema import ModelConfig, OptimConfig, RopeScalingConfig, RunConfig, has_
 ConfigPath = Union[str, Path, Sequence[Union[str, Path]], None]  # noqa: UP007, read by Python 3.10 too
 
 KEYS = tuple(key for key, _, _ in settings(RunConfig))
+WITHOUT = {key for key, field, _ in settings(RunConfig) if range_of(field).none and not range_of(field).required}
 BLOCKS = {".".join(parts[:n]) for parts in (key.split(".") for key in KEYS) for n in range(1, len(parts))}
 
 
@@ -93,7 +94,8 @@ def _value(key: str, text: str) -> Any:
         ValueError: there is none, or it is not YAML.
     """
     if not text.strip():
-        raise ValueError(f"{key}= has no value: is a variable of the shell unset? Write {key}=null for none")
+        remedy = f"Write {key}=null for none" if key in WITHOUT else "Give it one, or leave the setting out"
+        raise ValueError(f"{key}= has no value: is a variable of the shell unset? {remedy}")
     value = yaml_value(text, f"{key}={text if len(text) <= 80 else text[:77] + '...'}")
     try:
         value = _plain({"value": value})["value"]

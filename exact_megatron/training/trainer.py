@@ -129,7 +129,7 @@ class Trainer:
         )
         return losses, partial(loss_func, batch["loss_mask"])
 
-    def _run_schedule(self, loader: Iterator[Any], loss_func: Any, forward_only: bool) -> dict[str, MeanLoss]:
+    def run_schedule(self, loader: Iterator[Any], loss_func: Any, forward_only: bool) -> dict[str, MeanLoss]:
         """One global batch through megatron.core's schedule; returns the losses over all ranks, by name."""
         m = self.run.model
         micro_batches = [next(loader) for _ in range(self.run.num_microbatches)]
@@ -176,7 +176,7 @@ class Trainer:
         self.optimizer.zero_grad()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         started = time.perf_counter()
-        report = self._run_schedule(loader, self.loss_func, forward_only=False)
+        report = self.run_schedule(loader, self.loss_func, forward_only=False)
         self.loss.check()
         _refuse_not_finite("loss", report[LM_LOSS].loss, self.step + 1)
         if self.timing is not None:
@@ -216,7 +216,7 @@ class Trainer:
             chunk.eval()
         total: dict[str, list[Any]] = {}
         for left in reversed(range(self.run.trainer.limit_val_batches)):
-            report = self._run_schedule(loader, self.measure_func, forward_only=True)
+            report = self.run_schedule(loader, self.measure_func, forward_only=True)
             for name, mean in report.items():
                 entry = total.setdefault(name, [0.0, 0])
                 entry[0] += mean.loss * mean.targets if mean.loss is not None else 0.0

@@ -156,7 +156,10 @@ def test_spellings_that_mean_a_value(tmp_path, monkeypatch):
             "restore_from_path= has no value: is a variable .* Write restore_from_path=null for none",
         ),
         (["model.exact.tau= "], "model.exact.tau= has no value"),
-        (["model.data.data_prefix="], "data_prefix= has no value"),
+        (
+            ["model.data.data_prefix="],
+            "data_prefix= has no value: is a variable .* Give it one, or leave the setting out",
+        ),
         (["exp_manager.exp_dir=#1"], "exp_manager.exp_dir=#1 has no value"),
         (["=5"], "expected key=value"),
         (["model.exact.tau[0]=3"], "unknown key model.exact.tau"),
