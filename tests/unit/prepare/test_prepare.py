@@ -20,6 +20,7 @@ import pytest
 
 from exact_megatron.prepare import files as input_files
 from exact_megatron.prepare import formats
+from exact_megatron.prepare import parts as parts_module
 from exact_megatron.prepare import prepare as room
 from exact_megatron.prepare import shards as input_shards
 from exact_megatron.prepare import tokenizer as tokenizer_module
@@ -431,7 +432,7 @@ def test_workers_and_start_method_do_not_change_the_bytes(tmp_path):
 
 
 def kill_after_two_parts(path, output):
-    write_part, written = room._write_part, []
+    write_part, written = parts_module._write_part, []
 
     def write_and_kill(*args):
         if len(written) == 2:
@@ -439,7 +440,7 @@ def kill_after_two_parts(path, output):
         write_part(*args)
         written.append(args[1])
 
-    room._write_part = write_and_kill
+    parts_module._write_part = write_and_kill
     prepare(path, output, shard_bytes=300)
 
 
@@ -447,7 +448,11 @@ def test_killed_run_is_resumed(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     whole = []
     with monkeypatch.context() as patch:
-        patch.setattr(room, "_write_part", lambda *args, write=room._write_part: (whole.append(args[1]), write(*args)))
+        patch.setattr(
+            parts_module,
+            "_write_part",
+            lambda *args, write=parts_module._write_part: (whole.append(args[1]), write(*args)),
+        )
         prepare(path, tmp_path / "whole" / "out", shard_bytes=300)
     shards = len(whole)
     output = tmp_path / "killed" / "out"
@@ -460,8 +465,8 @@ def test_killed_run_is_resumed(tmp_path, monkeypatch):
     assert len([p for p in parts.glob("*.json") if p.name != "settings.json"]) == 2
 
     shutil.copytree(tmp_path / "killed", tmp_path / "other")
-    write_part, written = room._write_part, []
-    monkeypatch.setattr(room, "_write_part", lambda *args: (written.append(args[1]), write_part(*args)))
+    write_part, written = parts_module._write_part, []
+    monkeypatch.setattr(parts_module, "_write_part", lambda *args: (written.append(args[1]), write_part(*args)))
     prepare(path, output, shard_bytes=300)
     assert len(written) == shards - 2
     assert read_all(output) == read_all(tmp_path / "whole" / "out")
@@ -497,7 +502,7 @@ def test_up_to_date_other_settings_and_overwrite(tmp_path, monkeypatch, capsys):
     path, output = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
     first = prepare(path, output)
     with monkeypatch.context() as patch:
-        patch.setattr(room, "_encode_all", None)  # any work would fail
+        patch.setattr(room, "encode_all", None)  # any work would fail
         assert prepare(path, output, quiet=False, workers=1) == first
         assert "up to date" in capsys.readouterr().err
     with raises(FileExistsError, "out.idx", "--overwrite"):
@@ -538,8 +543,8 @@ def test_second_process_is_refused(tmp_path):
 
 def parts_of(monkeypatch):
     """The names of the parts that are written from here on."""
-    written, write = [], room._write_part
-    monkeypatch.setattr(room, "_write_part", lambda *args: (written.append(args[1]), write(*args)))
+    written, write = [], parts_module._write_part
+    monkeypatch.setattr(parts_module, "_write_part", lambda *args: (written.append(args[1]), write(*args)))
     return written
 
 
@@ -771,7 +776,7 @@ def test_damaged_parts_name_the_folder_to_remove(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     parts = tmp_path / "out.parts"
     with monkeypatch.context() as patch:
-        patch.setattr(room, "_join_parts", None)
+        patch.setattr(room, "join_parts", None)
         with pytest.raises(TypeError):
             prepare(path, tmp_path / "out")
     damaged = [parts / "settings.json", next(p for p in parts.glob("*.json") if p.name != "settings.json")]
