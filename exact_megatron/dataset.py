@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -19,23 +18,14 @@ from .allocation import WeightTable
 from .blend import member_samples, split_tokens
 from .config import ExactConfig, ExactError
 from .exposure import ExposureCensus
+from .index_caches import cache_folder, check_blend, check_member, explain
 from .loss import ExactLoss, proving_context
-from .packing import check_index, misplaced_sample, reaching_samples, read_index, sample_segments
+from .packing import check_index, reaching_samples, read_index, sample_segments
 
 logger = logging.getLogger(__name__)
 UNPACKED = {"MockGPTDataset", "GPTFIMDataset"}  # megatron.core's subclasses of GPTDataset with samples of other kinds
 PACKED = ("tokens", "labels", "loss_mask")
 PROVEN = 8  # samples of a subclass that are compared with GPTDataset's from the start, and as many over the whole split
-_NOT_WRITABLE = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.ENOTDIR,
-    errno.EEXIST,
-)
 
 
 class ExactGPTDataset(GPTDataset):
@@ -64,7 +54,7 @@ class ExactGPTDataset(GPTDataset):
         """As GPTDataset.
 
         Raises:
-            ValueError: the split holds no token; megatron.core would look for enough epochs of nothing for ever.
+            ValueError: the split holds no token; megatron.core would loop forever, looking for enough epochs of an empty dataset.
         """
         if indexed_indices is not None and not indexed_dataset.sequence_lengths[indexed_indices].any():
             raise ValueError(
@@ -171,7 +161,7 @@ def weighted_class(cls: type[GPTDataset]) -> type[ExactGPTDataset]:
     if not issubclass(cls, GPTDataset) or {base.__name__ for base in cls.__mro__} & UNPACKED:
         raise ValueError(
             f"EXACT weights the samples of GPTDataset, not of {cls.__name__} (mock, FIM and SFT data have no document "
-            "pieces that it knows): give real .bin/.idx data, or set model.exact.enabled=false"
+            "segments that it knows): give real .bin/.idx data, or set model.exact.enabled=false"
         )
     return type(f"Exact{cls.__name__}", (ExactGPTDataset, cls), {"__module__": cls.__module__})
 
@@ -238,7 +228,8 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
         try:
             datasets = super().build()
         except Exception as error:
-            self._explain(error)
+            blends = [self.config.blend] if self.config.blend else self.config.blend_per_split or []
+            explain(error, {cache_folder(p, self.cls, self.config) for blend in blends if blend for p in blend[0]})
             raise
         return self.weight(datasets)
 
@@ -269,24 +260,6 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
                     row[part] = size
         return sizes
 
-    def _explain(self, error: Exception) -> None:
-        """Raise what an error of megatron.core means where its index caches are the reason."""
-        cause = error if isinstance(error, OSError) else error.__cause__
-        blends = [self.config.blend] if self.config.blend else self.config.blend_per_split or []
-        folders = {_cache_folder(prefix, self.cls, self.config) for blend in blends if blend for prefix in blend[0]}
-        if isinstance(cause, OSError) and cause.errno in _NOT_WRITABLE:
-            raise ExactError(
-                f"Megatron's index caches cannot be written to {cause.filename or ' or '.join(sorted(folders))}: {cause.strerror}. Name "
-                "a folder that can be written to, which all nodes see: model.data.index_mapping_dir=FOLDER (Megatron-LM: "
-                "--data-cache-path, Megatron-Bridge: dataset.path_to_cache), or free space there"
-            ) from error
-        for folder in sorted(folders):
-            for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-                if name.endswith(".npy") and (problem := _unreadable(os.path.join(folder, name))):
-                    raise ValueError(
-                        f"the index cache {os.path.join(folder, name)} is damaged ({problem}): remove it, and it is built again"
-                    ) from error
-
     def weight(self, datasets: list[Any]) -> list[Any]:
         """Weight the splits that another builder made of ExactGPTDataset; raises as `build`."""
         from_rank_0(lambda: self._check_indices(datasets))
@@ -308,7 +281,7 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
 
     def check_files(self) -> None:
         """Raise ValueError as `build`, on the .idx files. Before Megatron packs by them: wrong lengths may crash it, or let it look
-        for enough tokens for ever."""
+        for enough tokens forever."""
         for blend in [self.config.blend, *(self.config.blend_per_split or [])]:
             for prefix in blend[0] if blend else []:
                 if "://" not in prefix:  # object storage, see _check_indices
@@ -321,37 +294,10 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
             if "://" in prefix:  # Megatron has fetched the .idx
                 arrays = index.sequence_lengths, index.sequence_pointers, index.document_indices
                 check_index(prefix, *arrays, np.dtype(index.dtype), None, self._whole_documents)
-            if member.shuffle_index is None:  # defer_npy_index_mmap: loaded at the first query
-                member._query_document_sample_shuffle_indices(0)
-            folder = _cache_folder(member.dataset.path_prefix, type(member), self.config)
-            caches = f"{os.path.join(folder, member.unique_description_hash)}-*"
-            partial = member.index_split.name == "valid" and not self.config.drop_last_partial_validation_sequence
-            starts = member.sample_index[:-1] if partial else member.sample_index
-            lengths = member.dataset.sequence_lengths
-            wrong = misplaced_sample(member.document_index, starts, lengths, self.config.sequence_length)
-            if wrong is None and (np.diff(starts[:, 0]) < 0).any() | (starts[-1, 0] > len(member.document_index)):
-                wrong = len(starts) - 1  # misplaced_sample relies on their order
-            if wrong is not None:
-                raise ValueError(
-                    f"Megatron's index caches of {member.dataset_path} are damaged or were built from other data than what lies there "
-                    f"now (sample {wrong} starts elsewhere): remove {caches}"
-                )
-            if not _permutation(member.shuffle_index, len(member.sample_index) - 1):
-                raise ValueError(
-                    f"Megatron's index cache of {member.dataset_path} is damaged (its shuffle index does not hold every sample once): "
-                    f"remove {caches}"
-                )
-        for blend in (dataset for dataset in datasets if isinstance(dataset, BlendedDataset)):
-            if blend.dataset_index is None:
-                continue  # defer_npy_index_mmap
-            for number, member in enumerate(blend.datasets):
-                drawn = blend.dataset_sample_index[blend.dataset_index == number]
-                if len(drawn) > len(member) or not _permutation(drawn, len(drawn)):
-                    raise ValueError(
-                        f"Megatron's index cache of the blend of {len(blend.datasets)} data sets is damaged (samples of "
-                        f"{member.dataset_path} are not drawn one after another): remove "
-                        f"{os.path.join(self.config.path_to_cache or '', blend.unique_description_hash)}-*"
-                    )
+            check_member(member, self.config)
+        for blend in datasets:
+            if isinstance(blend, BlendedDataset):
+                check_blend(blend, self.config)
 
     def _check_packing(self, datasets: list[Any]) -> None:
         """Whether samples of a subclass are GPTDataset's, before weights are attached: the first ones, and some of the others."""
@@ -408,33 +354,8 @@ def _census_path(train: Any, config: GPTDatasetConfig) -> str:
     digest.update(repr((bool(config.add_extra_token_to_sequence), bool(config.eod_mask_loss))).encode())
     for part in parts:  # the description names paths, not what lies there
         digest.update(np.ascontiguousarray(part.dataset.sequence_lengths).data)
-    folder = _cache_folder(parts[0].dataset.path_prefix, type(parts[0]), config)
+    folder = cache_folder(parts[0].dataset.path_prefix, type(parts[0]), config)
     return os.path.join(folder, f"{digest.hexdigest()}-{type(parts[0]).__name__}-train-census.json")
-
-
-def _cache_folder(prefix: str, cls: type[GPTDataset], config: GPTDatasetConfig) -> str:
-    """Where megatron.core keeps the indices of a data set."""
-    return config.path_to_cache or os.path.join(prefix, "cache", f"{cls.__name__}_indices")
-
-
-def _unreadable(path: str) -> str | None:
-    """Why numpy cannot map a .npy file, None where it can."""
-    try:
-        np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError, OSError) as error:
-        return " ".join(str(error).split())
-    return None
-
-
-def _permutation(index: np.ndarray, size: int) -> bool:
-    """Whether an index holds each of 0 .. size - 1 once."""
-    if index.ndim != 1 or len(index) != size or index.dtype.kind not in "ui":
-        return False
-    if size and (int(index.min()) < 0 or int(index.max()) >= size):
-        return False
-    seen = np.zeros(size, bool)
-    seen[index] = True
-    return bool(seen.all())
 
 
 def _longest_gap(train: Any, least: int) -> int:

@@ -16,7 +16,7 @@ NAME = "exact_megatron"
 # The method first, then its uses: a room imports from its own line and from those above it.
 ORDER = (
     ("ranges", "refusals", "config", "packing", "blend", "batch_context", "attention"),
-    ("exposure", "qk_timing", "utils"),
+    ("exposure", "index_caches", "qk_timing", "utils"),
     ("allocation",),
     ("loss", "reporting"),
     ("dataset",),
