@@ -1,7 +1,7 @@
 """Megatron-LM: hooks EXACT into `megatron.training.pretrain` and the script that calls it, whose file stays as it is.
 
-What is replaced while `pretrain` runs, and given back when it returns (paths in Megatron-LM; of a fork with a training.py of its own,
-that one):
+What is replaced while `pretrain` runs, and given back when it returns (paths in Megatron-LM; of a fork with a pretrain of its own,
+its module):
 
     pretrain_gpt.py: loss_func                       ExactLoss.wrap of it, or of what forks.hook marked
     pretrain_gpt.py: BlendedMegatronDatasetBuilder   ExactDatasetBuilder

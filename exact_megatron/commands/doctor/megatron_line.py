@@ -69,7 +69,7 @@ def options(script: Path) -> set[str]:
     """Options that Megatron-LM's parser in the script's checkout may know, and those that the script adds; empty where there is no
     checkout, or where unknown ones are ignored."""
     training = script.parent / "megatron" / "training"
-    parser = training / "arguments.py"
+    parser = script.parent / "megatron/training/arguments.py"
     own = script.read_text()
     if not parser.is_file() or re.search(r"ignore_unknown_args\s*=\s*True", own):
         return set()
