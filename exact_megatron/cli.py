@@ -95,13 +95,11 @@ def _main(given: list[str]) -> int:
     add.add_argument(
         "--json",
         metavar="FILE",
-        type=_not_empty,
         help="write the table as JSON; - is standard output, without the table",
     )
     add.add_argument(
         "--plot",
         metavar="FILE",
-        type=_not_empty,
         help="draw where supervision goes, before and after (PNG, SVG or PDF)",
     )
     add.set_defaults(run=run_census)
@@ -126,7 +124,7 @@ def _main(given: list[str]) -> int:
         "study", help="arms x seeds x bases from one YAML, with differences between runs and a page"
     )
     add.add_argument("file", help="YAML of the study, for example configs/study.yaml")
-    add.add_argument("--folder", type=_not_empty, help="for data, runs and report, in place of the file's `folder`")
+    add.add_argument("--folder", help="for data, runs and report, in place of the file's `folder`")
     add.add_argument("--plan", action="store_true", help="say what would be trained, and train nothing")
     add.add_argument("--report", action="store_true", help="write the page about the finished runs, and train nothing")
     add.set_defaults(run=run_study)
@@ -185,6 +183,8 @@ def _main(given: list[str]) -> int:
         from .launch import main as launch
 
         return launch(given[1:], traceback)
+    if given[:1] != ["doctor"] and (where := _empty_word(given)):
+        parser.error(f"argument {where}: the name is empty: is a variable of the shell unset?")
     if given[:2] == ["evaluate", "compare"]:  # a parser of its own: `evaluate`'s options are about one model
         given = ["evaluate compare", *given[2:]]
     if given[:1] == ["doctor"]:  # a launcher's line may begin with a flag of its own: doctor --exact-enabled SCRIPT
@@ -226,10 +226,16 @@ def _take_traceback(given: list[str]) -> tuple[list[str], bool]:
     return rest + given[own:], len(rest) < own
 
 
-def _not_empty(word: str) -> str:
-    if not word.strip():
-        raise argparse.ArgumentTypeError("the name is empty: is a variable of the shell unset?")
-    return word
+def _empty_word(given: list[str]) -> str | None:
+    """What a word of a command line without a value belongs to; None: there is none."""
+    for number, word in enumerate(given):
+        option, equals, value = word.partition("=")
+        if equals and option.startswith("--") and not value.strip():
+            return option
+        if not word.strip():
+            before = given[number - 1] if number else ""
+            return before if before.startswith("--") else f"{number} of the command line"
+    return None
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:

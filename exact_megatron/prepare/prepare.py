@@ -316,6 +316,9 @@ def prepare(
         raise ValueError("give either a vocabulary size to train a tokenizer or an existing tokenizer")
     if train_tokenizer is not None and (train_tokenizer < 257 or eod is not None):
         raise ValueError(f"a trained tokenizer has 257 entries or more, not {train_tokenizer}, and EOD {EOD}")
+    for name, value in {"workers": workers, "shard_bytes": shard_bytes, "tokenizer_bytes": tokenizer_bytes}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value} must be at least 1")
     if not 0 <= valid_fraction < 1:
         raise ValueError(f"valid_fraction {valid_fraction} is not in [0, 1)")
     files, beside = list_files(inputs := [str(source) for source in inputs], globs, text_key)
