@@ -114,6 +114,12 @@ def _main(given: list[str]) -> int:
         from .launch import main as launch
 
         return launch(given[1:], traceback)
+    if given[:1] != ["doctor"] and (where := _empty_word(given)):
+        print(
+            f"exact-megatron: error: argument {where}: the name is empty: is a variable of the shell unset?",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)  # as argparse does
     if given[:2] == ["evaluate", "compare"]:  # a parser of its own: `evaluate`'s options are about one model
         given = ["evaluate compare", *given[2:]]
     name = next((word for word in given if not word.startswith("-")), "")
@@ -174,6 +180,18 @@ def _take_traceback(given: list[str]) -> tuple[list[str], bool]:
         own = given.index("--")
     rest = [word for word in given[:own] if word != TRACEBACK]
     return rest + given[own:], len(rest) < own
+
+
+def _empty_word(given: list[str]) -> str | None:
+    """What a word of a command line without a value belongs to; None: there is none."""
+    for number, word in enumerate(given):
+        option, equals, value = word.partition("=")
+        if equals and option.startswith("--") and not value.strip():
+            return option
+        if not word.strip():
+            before = given[number - 1] if number else ""
+            return before if before.startswith("--") else f"{number} of the command line"
+    return None
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:

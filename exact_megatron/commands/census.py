@@ -8,7 +8,7 @@ import json
 import sys
 
 from ..config import ExactConfig
-from ..utils.files import STDOUT, not_empty, write_text, writing
+from ..utils.files import STDOUT, write_text, writing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,13 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         metavar="FILE",
-        type=not_empty,
         help="write the table as JSON; - is standard output, without the table",
     )
     parser.add_argument(
         "--plot",
         metavar="FILE",
-        type=not_empty,
         help="draw where supervision goes, before and after (PNG, SVG or PDF)",
     )
 

@@ -168,6 +168,9 @@ def prepare(
     Raises ValueError or OSError with a message for the user.
     """
     _check_arguments(train_tokenizer, tokenizer, eod, valid_fraction)
+    for name, value in {"workers": workers, "shard_bytes": shard_bytes, "tokenizer_bytes": tokenizer_bytes}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value} must be at least 1")
     files, beside = list_files(inputs := [str(source) for source in inputs], globs, text_key)
     size = sum(file.size for file in files)
     prefix = Path(output).absolute()

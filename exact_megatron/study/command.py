@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import ExactError
 from ..training.run_lock import only_writer
-from ..utils.files import not_empty, read_json
+from ..utils.files import read_json
 from ..utils.ranks import is_rank
 from .plan import Study, StudyArm, read_study
 from .report import write_report
@@ -21,7 +21,7 @@ from .steps import Step, run_steps
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="YAML of the study, for example configs/study.yaml")
-    parser.add_argument("--folder", type=not_empty, help="for data, runs and report, in place of the file's `folder`")
+    parser.add_argument("--folder", help="for data, runs and report, in place of the file's `folder`")
     parser.add_argument("--plan", action="store_true", help="say what would be trained, and train nothing")
     parser.add_argument(
         "--report", action="store_true", help="write the page about the finished runs, and train nothing"
