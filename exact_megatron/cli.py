@@ -109,11 +109,131 @@ def _discard_output() -> None:
 
 
 def _main(given: list[str]) -> int:
+<<<<<<< HEAD
+=======
+    parser = argparse.ArgumentParser(prog="exact-megatron", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"exact-megatron {__version__}")
+    parser.add_argument(
+        TRACEBACK, action="store_true", help="show where an error was found; before or after the command"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    add = commands.add_parser("prepare", help="text to Megatron .bin/.idx, with a tokenizer of your own or a given one")
+    from .prepare import prepare
+
+    prepare.add_arguments(add)
+    add.set_defaults(run=prepare.run)
+
+    add = commands.add_parser(
+        "census", help="how much context the targets of a data set have, and what EXACT makes of it"
+    )
+    add.add_argument("prefix", nargs="+", help="common prefix of a .bin/.idx pair; several are counted together")
+    add.add_argument("--seq-length", type=int, required=True, help="window in tokens")
+    defaults = ExactConfig()
+    add.add_argument("--alpha", type=float, help=f"default: {defaults.alpha}")
+    add.add_argument(
+        "--tail-share", type=float, help="share of the loss weight that the tail gets, in place of --alpha"
+    )
+    add.add_argument("--gamma", type=float, help=f"default: {defaults.gamma}")
+    add.add_argument("--tau", type=int, help="lower edge of the tail; default: a quarter of the window")
+    add.add_argument("--eps", type=float, help=f"default: {defaults.eps}")
+    add.add_argument("--normalization", choices=("corpus", "none"), help=f"default: {defaults.normalization}")
+    add.add_argument("--max-weight", type=float, help="default: none")
+    add.add_argument("--eod-mask-loss", action="store_true", help="targets after a document's EOD are not supervised")
+    add.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the table as JSON; - is standard output, without the table",
+    )
+    add.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw where supervision goes, before and after (PNG, SVG or PDF)",
+    )
+    add.set_defaults(run=run_census)
+
+    add = commands.add_parser("train", help="train with the native runner")
+    _add_run_arguments(add)
+    add.add_argument(
+        "--check",
+        action="store_true",
+        help="look at all that a run looks at before its model is built, print what would run, and start nothing; 2 if refused",
+    )
+    add.set_defaults(run=run_train)
+
+    add = commands.add_parser("plan", help="layout, memory, tokens and hours of a run, before it is started")
+    _add_run_arguments(add)
+    from .planning import plan
+
+    plan.add_arguments(add)
+    add.set_defaults(run=plan.run)
+
+    add = commands.add_parser(
+        "study", help="arms x seeds x bases from one YAML, with differences between runs and a page"
+    )
+    add.add_argument("file", help="YAML of the study, for example configs/study.yaml")
+    add.add_argument("--folder", help="for data, runs and report, in place of the file's `folder`")
+    add.add_argument("--plan", action="store_true", help="say what would be trained, and train nothing")
+    add.add_argument("--report", action="store_true", help="write the page about the finished runs, and train nothing")
+    add.set_defaults(run=run_study)
+
+    add = commands.add_parser("compare", help="baseline and EXACT from the same base checkpoint, with a report")
+    _add_run_arguments(add)
+    add.add_argument(
+        "--base-seq-length", type=int, required=True, help="window of the plain pretraining that makes the base"
+    )
+    add.add_argument(
+        "--base-steps", type=int, required=True, help="its optimizer steps; global_batch_size is kept in tokens"
+    )
+    add.set_defaults(run=run_compare)
+
+    add = commands.add_parser("convert", help="Hugging Face models in and out of the native runner")
+    from . import convert
+
+    convert.add_arguments(add)
+    add.set_defaults(run=convert.run)
+
+    add = commands.add_parser("benchmark", help="speed against Megatron's own, in ratios of one run")
+    from .benchmark import command as benchmark
+    from .benchmark import harness
+
+    benchmark.add_arguments(add)
+    add.set_defaults(run=harness.run)
+
+    add = commands.add_parser("evaluate", help="RULER, NoLiMa, a distance probe, loss by context, and short tasks")
+    from .evaluation import command as evaluation
+
+    evaluation.add_arguments(add)
+    add.set_defaults(run=evaluation.run)
+    add = commands.add_parser("evaluate compare", help="two evaluated models on the same items, with intervals")
+    evaluation.add_compare_arguments(add)
+    add.set_defaults(run=evaluation.run_compare)
+
+    commands.add_parser(
+        "launch",
+        help="run a training script of Megatron-LM, unchanged, with EXACT hooked in: launch --help",
+        add_help=False,
+    )
+    add = commands.add_parser("doctor", help="what is installed, what can be hooked, and what a run would do")
+    from .commands import doctor
+
+    doctor.add_arguments(add)
+    add.set_defaults(run=doctor.run)
+
+    add = commands.add_parser("files", help="copy configs, examples, patches and Slurm scripts into a folder of yours")
+    from .commands import files
+
+    files.add_arguments(add)
+    add.set_defaults(run=files.run)
+
+>>>>>>> w-b
     given, traceback = _take_traceback(given)
     if given[:1] == ["launch"]:  # the script's arguments, and its errors, are its own
         from .launch import main as launch
 
         return launch(given[1:], traceback)
+    if given[:1] != ["doctor"] and (where := _empty_word(given)):
+        parser.error(f"argument {where}: the name is empty: is a variable of the shell unset?")
     if given[:2] == ["evaluate", "compare"]:  # a parser of its own: `evaluate`'s options are about one model
         given = ["evaluate compare", *given[2:]]
     name = next((word for word in given if not word.startswith("-")), "")
@@ -176,6 +296,21 @@ def _take_traceback(given: list[str]) -> tuple[list[str], bool]:
     return rest + given[own:], len(rest) < own
 
 
+<<<<<<< HEAD
+=======
+def _empty_word(given: list[str]) -> str | None:
+    """What a word of a command line without a value belongs to; None: there is none."""
+    for number, word in enumerate(given):
+        option, equals, value = word.partition("=")
+        if equals and option.startswith("--") and not value.strip():
+            return option
+        if not word.strip():
+            before = given[number - 1] if number else ""
+            return before if before.startswith("--") else f"{number} of the command line"
+    return None
+
+
+>>>>>>> w-b
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",

@@ -167,7 +167,19 @@ def prepare(
     "left_out" of the .json says, in lines for the user, what was not read and why.
     Raises ValueError or OSError with a message for the user.
     """
+<<<<<<< HEAD
     _check_arguments(train_tokenizer, tokenizer, eod, valid_fraction)
+=======
+    if (train_tokenizer is None) == (tokenizer is None):
+        raise ValueError("give either a vocabulary size to train a tokenizer or an existing tokenizer")
+    if train_tokenizer is not None and (train_tokenizer < 257 or eod is not None):
+        raise ValueError(f"a trained tokenizer has 257 entries or more, not {train_tokenizer}, and EOD {EOD}")
+    for name, value in {"workers": workers, "shard_bytes": shard_bytes, "tokenizer_bytes": tokenizer_bytes}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value} must be at least 1")
+    if not 0 <= valid_fraction < 1:
+        raise ValueError(f"valid_fraction {valid_fraction} is not in [0, 1)")
+>>>>>>> w-b
     files, beside = list_files(inputs := [str(source) for source in inputs], globs, text_key)
     size = sum(file.size for file in files)
     prefix = Path(output).absolute()

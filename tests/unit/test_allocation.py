@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exact_megatron import ExactConfig, ExposureCensus, WeightTable, log2_bucket_edges
+from exact_megatron import ExactConfig, ExposureCensus, WeightTable, allocation, log2_bucket_edges
 
 
 def counts_for(bucket_counts, seq_length):
@@ -166,6 +166,22 @@ def test_a_budget_that_float32_cannot_carry_is_refused(alpha, normalization):
         WeightTable.from_counts(counts, 4096, alpha=alpha, normalization=normalization)
     capped = WeightTable.from_counts(counts, 4096, alpha=alpha, normalization=normalization, max_weight=2)
     assert capped.lookup.min() > 0 and (normalization == "none" or abs(capped.mean - 1) < 1e-4)
+
+
+def test_weights_whose_mean_is_off_are_refused(monkeypatch):
+    """Whatever rounds them: the loss scale would not be the baseline's."""
+    counts = counts_for([1000] * 8 + [300, 1], 4096)
+    rounded = allocation._distinct
+    for factor, refused in ((1.00005, False), (0.99995, False), (1.0002, True), (0.9998, True)):
+        monkeypatch.setattr(allocation, "_distinct", lambda *a, factor=factor: rounded(*a) * np.float32(factor))
+        if refused:
+            with pytest.raises(
+                ValueError, match=r"their mean is (1.000|0.999).*, more than 0.0001 from the 1 that keeps"
+            ):
+                WeightTable.from_counts(counts, 4096)
+        else:
+            WeightTable.from_counts(counts, 4096)
+        WeightTable.from_counts(counts, 4096, normalization="none")
 
 
 def test_a_short_part_of_few_targets_keeps_its_weight():

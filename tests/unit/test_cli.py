@@ -157,11 +157,34 @@ def test_documents_that_are_too_short_for_a_tail(write_corpus, tmp_path, capsys)
     assert main([*line, "--tau", "8", "--alpha", "0.15"]) == 0
 
 
-@pytest.mark.parametrize("option", ["--json", "--plot"])
-def test_an_empty_name_is_refused(option, capsys):
-    with pytest.raises(SystemExit):
-        main(["census", "x", "--seq-length", "64", option, ""])
-    assert "the name is empty" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("line", "where"),
+    [
+        (["census", "x", "--seq-length", "64", "--json", ""], "--json"),
+        (["census", "x", "--seq-length", "64", "--plot="], "--plot"),
+        (["census", "x", " ", "--seq-length", "64"], "2 of the command line"),
+        (["prepare", "", "--tokenizer", "t", "--output", "o"], "1 of the command line"),
+        (["prepare", "x", "--tokenizer", "t", "--output", ""], "--output"),
+        (["prepare", "x", "--tokenizer=", "--output", "o"], "--tokenizer"),
+        (["train", "--config", "x", ""], "3 of the command line"),
+        (["convert", "hf-to-megatron", "x", ""], "3 of the command line"),
+        (["evaluate", "x", "--suite", "short", "--output", ""], "--output"),
+        (["evaluate", "compare", "a", "", "--output", "o"], "3 of the command line"),
+        (["--traceback", "files", ""], "1 of the command line"),
+        ([""], "0 of the command line"),
+    ],
+)
+def test_an_empty_name_is_refused(line, where, capsys):
+    """It would be the folder that the shell is in, or a file without a name."""
+    with pytest.raises(SystemExit) as ended:
+        main(line)
+    assert ended.value.code == 2
+    assert f"argument {where}: the name is empty: is a variable of the shell unset?" in capsys.readouterr().err
+
+
+def test_empty_words_of_a_script_are_the_scripts(tmp_path, capsys):
+    assert main(["doctor", str(tmp_path / "pretrain_gpt.py"), "--tag", ""]) == 1
+    assert "the name is empty" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["out", "/dev/full", "x.gif"])

@@ -20,7 +20,7 @@ from exact_megatron.evaluation.model import Text
 from exact_megatron.evaluation.report import summarize, write_suite_report
 from exact_megatron.evaluation.scorer import continuation_logprobs
 from exact_megatron.evaluation.store import Metric, Store, digest, fingerprint, read_results
-from exact_megatron.utils.tokenizer import UNKNOWN
+from exact_megatron.utils.tokenizer import UNKNOWN, Identity
 
 MODEL = {"path": "a", "kind": "scripted", "fingerprint": "0"}
 
@@ -348,6 +348,16 @@ def test_data_of_another_tokenizer_than_the_models_are_refused(text, write_corpu
         with pytest.raises(ValueError, match=rf"{text.identity.digest} \(.*tokenizer.json.*has abc \(.*--accept-other"):
             compare(suite, "abc")
         assert "accepted" in compare(suite, "abc", "--accept-other-tokenizer")[0]
+
+
+def test_another_tokenizer_is_refused_before_the_model_is_loaded(write_corpus, tmp_path, monkeypatch, capsys):
+    model = SimpleNamespace(path=tmp_path, kind="scripted", tokenizer=Identity("abc", "model"), described=MODEL)
+    monkeypatch.setattr(command.Model, "at", lambda *_: model)  # which has no scorer
+    prefix = write_corpus(np.array([70, 5, 130]))
+    Path(f"{prefix}.json").write_text(json.dumps({"tokenizer_identity": "xyz"}))
+    line = ["evaluate", "model", "--suite", "context-loss", "--data", prefix, "--output", str(tmp_path / "out")]
+    assert main(line) == 2
+    assert "has xyz" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # comparison

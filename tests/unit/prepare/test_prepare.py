@@ -743,6 +743,10 @@ def test_input_errors(tmp_path):
     (tmp_path / "empty" / "a.txt").write_text(" ")
     with raises(ValueError, "no text"):
         prepare(tmp_path / "empty", output)
+    for option in ("workers", "shard_bytes", "tokenizer_bytes"):
+        for value in (0, -1):
+            with raises(ValueError, f"{option} {value} must be at least 1"):
+                prepare(path, output, **{option: value})
     with raises(ValueError, "held-out split"):
         prepare(write_jsonl(path, TEXTS[:2]), output, valid_fraction=1e-9)
     for name in ("b.jsonl.gz", "b.jsonl.xz", "b.jsonl.bz2", "b.jsonl.zst"):
