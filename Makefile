@@ -55,8 +55,8 @@ test-te: $(VENV_TE)/.installed  ## Transformer Engine's own Python around stand-
 	$(VENV_TE)/bin/python -m pytest -q -m "te or not te" --durations=5 tests/unit/attention/test_attention.py tests/te
 
 test-upstream: $(VENV)/.installed $(VENV19)/.installed  ## the real pretrain_gpt.py: make test-upstream MEGATRON_LM=/path/to/clone
-	MEGATRON_LM=$(MEGATRON_LM) $(VENV)/bin/python -m pytest -q -m upstream tests/hosts/test_megatron_lm.py tests/hosts/test_qk_timing_upstream.py
-	MEGATRON_LM=$(MEGATRON_LM) $(VENV19)/bin/python -m pytest -q -m upstream tests/hosts/test_megatron_lm.py tests/hosts/test_qk_timing_upstream.py
+	MEGATRON_LM=$(MEGATRON_LM) $(VENV)/bin/python -m pytest -q -m upstream tests/hosts/test_megatron_lm.py tests/hosts/test_forks.py tests/hosts/test_qk_timing_upstream.py
+	MEGATRON_LM=$(MEGATRON_LM) $(VENV19)/bin/python -m pytest -q -m upstream tests/hosts/test_megatron_lm.py tests/hosts/test_forks.py tests/hosts/test_qk_timing_upstream.py
 
 # Megatron-Bridge without the packages of NVIDIA's container, which the tests stand in for (1.6 GB). --no-deps: it asks for CUDA's.
 $(VENV_BRIDGE)/.installed: setup.py constraints.txt

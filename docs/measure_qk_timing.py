@@ -13,8 +13,6 @@ import json
 import statistics
 from pathlib import Path
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 FAMILIES = {
     "GELU, LayerNorm, biases": (
         "model.normalization=layernorm model.activation=gelu model.bias=true model.ffn_hidden_size=256"
@@ -75,11 +73,6 @@ def settings(args: argparse.Namespace, family: str, seed: int, on: bool) -> list
     ]
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval."""
-    return statistics.fmean(values), T95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="prefix; PREFIX_valid is the held-out text")
@@ -91,6 +84,8 @@ def main() -> None:
     args = parser.parse_args()
     from rich.progress import track
 
+    from exact_megatron.reporting.style import markdown_table
+    from exact_megatron.study.statistics import paired
     from exact_megatron.utils.ranks import be_single_rank
 
     be_single_rank()
@@ -100,7 +95,7 @@ def main() -> None:
         file = result_file(args, family, seed, on)
         if not file.is_file():
             file.write_text(json.dumps(train(settings(args, family, seed, on))))
-    lines = ["| blocks | loss | off | on | on - off | pairs |", "| --- | --- | --- | --- | --- | --- |"]
+    rows = [["blocks", "loss", "off", "on", "on - off", "pairs"]]
     for family in FAMILIES:
         arms = [
             [json.loads(result_file(args, family, seed, on).read_text()) for seed in range(args.seeds)]
@@ -109,13 +104,15 @@ def main() -> None:
         for loss in ("validation", "training"):
             off, on = ([run[loss] for run in arm] for arm in arms)
             pairs = [b - a for a, b in zip(off, on)]
-            cells = ["{:.4f} ± {:.4f}".format(*interval(values)) for values in (off, on)]
-            difference = "{:+.4f} ± {:.4f}".format(*interval(pairs))
-            each = ", ".join(f"{d:+.4f}" for d in pairs)
-            lines.append(f"| {family} | {loss} | {cells[0]} | {cells[1]} | {difference} | {each} |")
+            means = [
+                paired(values) for values in (off, on, pairs)
+            ]  # mean and interval of any values, with 3 or more seeds
+            cells = [f"{m.mean:{sign}.4f} ± {m.half_width:.4f}" for m, sign in zip(means, ("", "", "+"))]
+            rows.append([family, loss, *cells, ", ".join(f"{d:+.4f}" for d in pairs)])
         print(f"{family}: {arms[0][0]['parameters']:,} parameters, {arms[1][0]['slowed']:,} of them slowed")
-    (args.out / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    table = markdown_table(rows, left=[0, 1, 5])
+    (args.out / "table.md").write_text(table + "\n")
+    print(table)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class WeightTable:
         edges: int64[B + 1], lower edges of the buckets, then S + 1.
         bucket_weights: float64[B], w_b before normalization.
         lookup: float32[S + 1], the weight given to a target with effective context l.
-        marks: float32[T], the tail's weights in `lookup`, one per tail bucket in order of context. Pairwise distinct and
+        bucket_markers: float32[T], the tail's weights in `lookup`, one per tail bucket in order of context. Pairwise distinct and
             distinct from the short part's, so that a target's bucket can be told from its weight; empty with alpha = 0,
             where every weight is exactly 1.
         mean: corpus mean of `lookup`.
@@ -63,10 +63,10 @@ class WeightTable:
             scale = float(bucket_counts @ self.bucket_weights / bucket_counts.sum())
         with np.errstate(over="ignore"):  # refused below
             applied = (self.bucket_weights / scale).astype(np.float32)
-        self.marks = np.empty(0, np.float32)
+        self.bucket_markers = np.empty(0, np.float32)
         if (self.bucket_weights != 1).any() and np.isfinite(applied).all():
             applied = _distinct(self.bucket_weights / scale, self.tail, bucket_counts, config.normalization == "corpus")
-            self.marks = applied[self.tail]
+            self.bucket_markers = applied[self.tail]
         self.lookup = np.repeat(applied, np.diff(self.edges))
         with np.errstate(invalid="ignore"):
             self.mean = float(self.counts @ self.lookup.astype(np.float64) / self.counts.sum())
@@ -161,8 +161,8 @@ class WeightTable:
     @property
     def part_names(self) -> list[str]:
         """Names of the parts of the context range that weights tell apart: the short part, if there is one, then a name for
-        each of `marks`: ["0-1023", "1024-2047", "2048-4096"]. Empty with alpha = 0."""
-        if not len(self.marks):
+        each of `bucket_markers`: ["0-1023", "1024-2047", "2048-4096"]. Empty with alpha = 0."""
+        if not len(self.bucket_markers):
             return []
         short = [f"0-{self.edges[self.tail[0]] - 1}"] if self.tail[0] else []
         return short + [f"{self.edges[b]}-{self.edges[b + 1] - 1}" for b in self.tail]

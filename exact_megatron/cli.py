@@ -3,20 +3,66 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import select
 import sys
 import warnings
+from dataclasses import dataclass
 
 from . import __version__
-from .commands.census import run_census
-from .commands.train import run_train
-from .config import PREFIX, ExactConfig, ExactError
+from .config import ExactError
 from .utils import extras
 from .utils.files import STDOUT, writing
 
 READER_GONE = 141  # as a shell reports a program that SIGPIPE ended
 TRACEBACK = "--traceback"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        module: where it is, imported only when the command is given: a command needs no other's packages.
+        help: one line for `exact-megatron --help`.
+        configured: takes --config and key=value.
+        add_arguments, run: names of its functions there, (parser) -> None and (arguments) -> exit code.
+    """
+
+    module: str
+    help: str
+    configured: bool = False
+    add_arguments: str = "add_arguments"
+    run: str = "run"
+
+
+COMMANDS = {
+    "prepare": Command(".prepare.command", "text to Megatron .bin/.idx, with a tokenizer of your own or a given one"),
+    "census": Command(
+        ".commands.census", "how much context the targets of a data set have, and what EXACT makes of it"
+    ),
+    "train": Command(".commands.train", "train with the native runner", configured=True),
+    "plan": Command(
+        ".planning.plan", "layout, memory, tokens and hours of a run, before it is started", configured=True
+    ),
+    "study": Command(".study.command", "arms x seeds x bases from one YAML, with differences between runs and a page"),
+    "compare": Command(
+        ".commands.compare", "baseline and EXACT from the same base checkpoint, with a report", configured=True
+    ),
+    "convert": Command(".convert", "Hugging Face models in and out of the native runner"),
+    "benchmark": Command(".benchmark.command", "speed against Megatron's own, in ratios of one run"),
+    "evaluate": Command(".evaluation.command", "RULER, NoLiMa, a distance probe, loss by context, and short tasks"),
+    "evaluate compare": Command(
+        ".evaluation.command",
+        "two evaluated models on the same items, with intervals",
+        add_arguments="add_compare_arguments",
+        run="run_compare",
+    ),
+    "launch": Command("", "run a training script of Megatron-LM, unchanged, with EXACT hooked in: launch --help"),
+    "doctor": Command(".commands.doctor", "what is installed, what can be hooked, and what a run would do"),
+    "files": Command(".commands.files", "copy configs, examples, patches and Slurm scripts into a folder of yours"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,6 +109,8 @@ def _discard_output() -> None:
 
 
 def _main(given: list[str]) -> int:
+<<<<<<< HEAD
+=======
     parser = argparse.ArgumentParser(prog="exact-megatron", description=__doc__)
     parser.add_argument("--version", action="version", version=f"exact-megatron {__version__}")
     parser.add_argument(
@@ -178,6 +226,7 @@ def _main(given: list[str]) -> int:
     files.add_arguments(add)
     add.set_defaults(run=files.run)
 
+>>>>>>> w-b
     given, traceback = _take_traceback(given)
     if given[:1] == ["launch"]:  # the script's arguments, and its errors, are its own
         from .launch import main as launch
@@ -187,14 +236,11 @@ def _main(given: list[str]) -> int:
         parser.error(f"argument {where}: the name is empty: is a variable of the shell unset?")
     if given[:2] == ["evaluate", "compare"]:  # a parser of its own: `evaluate`'s options are about one model
         given = ["evaluate compare", *given[2:]]
-    if given[:1] == ["doctor"]:  # a launcher's line may begin with a flag of its own: doctor --exact-enabled SCRIPT
-        args, flags = parser.parse_known_args(given)
-        args.line = [*flags, *args.line]
-    else:
-        args = parser.parse_args(given)
-    args.traceback = traceback
+    name = next((word for word in given if not word.startswith("-")), "")
     _quiet_warnings()
     try:
+        args = _parse(name, given)
+        args.traceback = traceback
         return args.run(args)
     except BrokenPipeError:
         raise
@@ -204,11 +250,35 @@ def _main(given: list[str]) -> int:
         said: object = extras.remedy(error) if isinstance(error, ImportError) else error
         if traceback or said is None:
             raise
-        print(f"exact-megatron {args.command}: {said}", file=sys.stderr)
+        print(f"exact-megatron {name}: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(name: str, given: list[str]) -> argparse.Namespace:
+    """The arguments of a command line; only the command `name` is imported and has its options."""
+    parser = argparse.ArgumentParser(prog="exact-megatron", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"exact-megatron {__version__}")
+    parser.add_argument(
+        TRACEBACK, action="store_true", help="show where an error was found; before or after the command"
+    )
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for known, command in COMMANDS.items():
+        add = parsers.add_parser(known, help=command.help)
+        if known != name or not command.module:
+            continue
+        module = importlib.import_module(command.module, __package__)
+        if command.configured:
+            _add_run_arguments(add)
+        getattr(module, command.add_arguments)(add)
+        add.set_defaults(run=getattr(module, command.run))
+    if name == "doctor":  # a launcher's line may begin with a flag of its own: doctor --exact-enabled SCRIPT
+        args, flags = parser.parse_known_args(given)
+        args.line = [*flags, *args.line]
+        return args
+    return parser.parse_args(given)
 
 
 def _take_traceback(given: list[str]) -> tuple[list[str], bool]:
@@ -226,6 +296,8 @@ def _take_traceback(given: list[str]) -> tuple[list[str], bool]:
     return rest + given[own:], len(rest) < own
 
 
+<<<<<<< HEAD
+=======
 def _empty_word(given: list[str]) -> str | None:
     """What a word of a command line without a value belongs to; None: there is none."""
     for number, word in enumerate(given):
@@ -238,6 +310,7 @@ def _empty_word(given: list[str]) -> str | None:
     return None
 
 
+>>>>>>> w-b
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
@@ -246,22 +319,6 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML, see configs/ (`exact-megatron files` copies it out); given again, the later file wins key by key",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.exact.enabled=true")
-
-
-def run_study(args: argparse.Namespace) -> int:
-    from .study.command import run
-
-    return run(args)
-
-
-def run_compare(args: argparse.Namespace) -> int:
-    from .commands.compare import compare
-
-    for override in args.overrides:
-        if override.lstrip("+").startswith(f"{PREFIX}enabled"):
-            raise ValueError("compare sets model.exact.enabled itself: one arm without, one with")
-    compare(args.config, args.overrides, args.base_seq_length, args.base_steps)
-    return 0
 
 
 def _quiet_warnings() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -19,20 +18,14 @@ from .allocation import WeightTable
 from .blend import member_samples, split_tokens
 from .config import ExactConfig, ExactError
 from .exposure import ExposureCensus
+from .index_caches import cache_folder, check_blend, check_member, explain
 from .loss import ExactLoss, proving_context
-from .packing import check_index, misplaced_sample, reaching_samples, read_index, sample_pieces
+from .packing import check_index, reaching_samples, read_index, sample_segments
 
 logger = logging.getLogger(__name__)
-_NOT_WRITABLE = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.ENOTDIR,
-    errno.EEXIST,
-)
+UNPACKED = {"MockGPTDataset", "GPTFIMDataset"}  # megatron.core's subclasses of GPTDataset with samples of other kinds
+PACKED = ("tokens", "labels", "loss_mask")
+PROVEN = 8  # samples of a subclass that are compared with GPTDataset's from the start, and as many over the whole split
 
 
 class ExactGPTDataset(GPTDataset):
@@ -61,7 +54,7 @@ class ExactGPTDataset(GPTDataset):
         """As GPTDataset.
 
         Raises:
-            ValueError: the split holds no token; megatron.core would look for enough epochs of nothing for ever.
+            ValueError: the split holds no token; megatron.core would loop forever, looking for enough epochs of an empty dataset.
         """
         if indexed_indices is not None and not indexed_dataset.sequence_lengths[indexed_indices].any():
             raise ValueError(
@@ -91,14 +84,14 @@ class ExactGPTDataset(GPTDataset):
         tail = np.flatnonzero(table.lookup != table.lookup[0])  # none with alpha = 0
         self._tail_start = int(tail[0]) if len(tail) else len(table.lookup)
 
-    def pieces(self, idx: int) -> tuple[np.ndarray, bool]:
-        """Boundaries int64[pieces + 1] of the documents in sample `idx`, and whether its last target is in the last one.
+    def segments(self, idx: int) -> tuple[np.ndarray, bool]:
+        """Boundaries int64[segments + 1] of the documents in sample `idx`, and whether its last target is in the last one.
 
-        See packing.sample_pieces.
+        See packing.sample_segments.
         """
         if self.shuffle_index is None:  # defer_npy_index_mmap: loaded at the first query
             self._query_document_sample_shuffle_indices(idx)
-        return sample_pieces(
+        return sample_segments(
             self.document_index,
             self.sample_index,
             self.dataset.sequence_lengths,
@@ -108,7 +101,7 @@ class ExactGPTDataset(GPTDataset):
         )
 
     def _weighted(self, mask: np.ndarray, cu_seqlens: np.ndarray, continues: bool) -> np.ndarray:
-        """mask * lookup[effective_context(cu_seqlens, continues)], without a pass over the targets: few pieces reach the tail."""
+        """mask * lookup[effective_context(cu_seqlens, continues)], without a pass over the targets: few segments reach the tail."""
         assert self.weight_table is not None
         lookup = self.weight_table.lookup
         first = self._tail_start
@@ -133,14 +126,14 @@ class ExactGPTDataset(GPTDataset):
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         if self.boundaries_only:
-            return {"cu_seqlens": self._filled_up(self.pieces(idx or 0)[0])}
+            return {"cu_seqlens": self._filled_up(self.segments(idx or 0)[0])}
         if self.weight_table is not None and self.cached_loss_mask is not None:
             # Up to megatron-core 0.14 a pad of one sample is masked in the shared tensor, for all later samples.
             self.cached_loss_mask = torch.ones_like(self.cached_loss_mask)
         sample = super().__getitem__(idx)
         if self.weight_table is None and not self.emit_cu_seqlens:
             return sample
-        cu_seqlens, continues = self.pieces(idx or 0)
+        cu_seqlens, continues = self.segments(idx or 0)
         if self.weight_table is not None:
             # Out of place: up to megatron-core 0.14 the mask is a tensor shared between samples.
             mask = self._weighted(sample["loss_mask"].numpy(), cu_seqlens, continues)
@@ -157,11 +150,28 @@ class ExactGPTDataset(GPTDataset):
         return torch.from_numpy(padded)
 
 
+def weighted_class(cls: type[GPTDataset]) -> type[ExactGPTDataset]:
+    """ExactGPTDataset, mixed with a subclass of GPTDataset.
+
+    Raises:
+        ValueError: no subclass of GPTDataset, or one of Megatron's whose samples are no packed documents.
+    """
+    if cls is GPTDataset or issubclass(cls, ExactGPTDataset):
+        return ExactGPTDataset if cls is GPTDataset else cls
+    if not issubclass(cls, GPTDataset) or {base.__name__ for base in cls.__mro__} & UNPACKED:
+        raise ValueError(
+            f"EXACT weights the samples of GPTDataset, not of {cls.__name__} (mock, FIM and SFT data have no document "
+            "segments that it knows): give real .bin/.idx data, or set model.exact.enabled=false"
+        )
+    return type(f"Exact{cls.__name__}", (ExactGPTDataset, cls), {"__module__": cls.__module__})
+
+
 class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
     """BlendedMegatronDatasetBuilder that builds ExactGPTDataset and weights all splits by the census of the training split.
 
     Args:
-        cls, sizes, is_built_on_rank, config: as BlendedMegatronDatasetBuilder; cls is GPTDataset or ExactGPTDataset.
+        cls, sizes, is_built_on_rank, config: as BlendedMegatronDatasetBuilder; cls is GPTDataset, or a subclass whose samples keep its
+            tokens, labels and loss_mask.
         exact: the settings; disabled, the samples are the stock ones.
         loss: the hook that will read the weights; its `bind` gets the table on every rank.
         emit_cu_seqlens: samples carry the documents' boundaries.
@@ -180,13 +190,7 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
         loss: ExactLoss,
         emit_cu_seqlens: bool = False,
     ) -> None:
-        if cls is GPTDataset:
-            cls = ExactGPTDataset
-        if not issubclass(cls, ExactGPTDataset):
-            raise ValueError(
-                f"EXACT weights the samples of GPTDataset, not of {cls.__name__} (mock, FIM and SFT data have no document "
-                "pieces that it knows): give real .bin/.idx data, or set model.exact.enabled=false"
-            )
+        cls = weighted_class(cls)
         masked = emit_cu_seqlens or config.reset_attention_mask or getattr(config, "inter_document_masking", False)
         if exact.enabled and not masked and not exact.allow_unmasked_documents:
             raise ValueError(
@@ -224,7 +228,8 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
         try:
             datasets = super().build()
         except Exception as error:
-            self._explain(error)
+            blends = [self.config.blend] if self.config.blend else self.config.blend_per_split or []
+            explain(error, {cache_folder(p, self.cls, self.config) for blend in blends if blend for p in blend[0]})
             raise
         return self.weight(datasets)
 
@@ -255,27 +260,10 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
                     row[part] = size
         return sizes
 
-    def _explain(self, error: Exception) -> None:
-        """Raise what an error of megatron.core means where its index caches are the reason."""
-        cause = error if isinstance(error, OSError) else error.__cause__
-        blends = [self.config.blend] if self.config.blend else self.config.blend_per_split or []
-        folders = {_cache_folder(prefix, self.cls, self.config) for blend in blends if blend for prefix in blend[0]}
-        if isinstance(cause, OSError) and cause.errno in _NOT_WRITABLE:
-            raise ExactError(
-                f"Megatron's index caches cannot be written to {cause.filename or ' or '.join(sorted(folders))}: {cause.strerror}. Name "
-                "a folder that can be written to, which all nodes see: model.data.index_mapping_dir=FOLDER (Megatron-LM: "
-                "--data-cache-path, Megatron-Bridge: dataset.path_to_cache), or free space there"
-            ) from error
-        for folder in sorted(folders):
-            for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-                if name.endswith(".npy") and (problem := _unreadable(os.path.join(folder, name))):
-                    raise ValueError(
-                        f"the index cache {os.path.join(folder, name)} is damaged ({problem}): remove it, and it is built again"
-                    ) from error
-
     def weight(self, datasets: list[Any]) -> list[Any]:
         """Weight the splits that another builder made of ExactGPTDataset; raises as `build`."""
         from_rank_0(lambda: self._check_indices(datasets))
+        from_rank_0(lambda: self._check_packing(datasets))
         if self.exact.enabled:
             self.census = from_rank_0(lambda: self._census(datasets[0]))
             self.table = WeightTable.from_census(self.census, self.exact)
@@ -293,7 +281,7 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
 
     def check_files(self) -> None:
         """Raise ValueError as `build`, on the .idx files. Before Megatron packs by them: wrong lengths may crash it, or let it look
-        for enough tokens for ever."""
+        for enough tokens forever."""
         for blend in [self.config.blend, *(self.config.blend_per_split or [])]:
             for prefix in blend[0] if blend else []:
                 if "://" not in prefix:  # object storage, see _check_indices
@@ -306,36 +294,28 @@ class ExactDatasetBuilder(BlendedMegatronDatasetBuilder):
             if "://" in prefix:  # Megatron has fetched the .idx
                 arrays = index.sequence_lengths, index.sequence_pointers, index.document_indices
                 check_index(prefix, *arrays, np.dtype(index.dtype), None, self._whole_documents)
-            if member.shuffle_index is None:  # defer_npy_index_mmap: loaded at the first query
-                member._query_document_sample_shuffle_indices(0)
-            folder = _cache_folder(member.dataset.path_prefix, type(member), self.config)
-            caches = f"{os.path.join(folder, member.unique_description_hash)}-*"
-            partial = member.index_split.name == "valid" and not self.config.drop_last_partial_validation_sequence
-            starts = member.sample_index[:-1] if partial else member.sample_index
-            lengths = member.dataset.sequence_lengths
-            wrong = misplaced_sample(member.document_index, starts, lengths, self.config.sequence_length)
-            if wrong is None and (np.diff(starts[:, 0]) < 0).any() | (starts[-1, 0] > len(member.document_index)):
-                wrong = len(starts) - 1  # misplaced_sample relies on their order
-            if wrong is not None:
-                raise ValueError(
-                    f"Megatron's index caches of {member.dataset_path} are damaged or were built from other data than what lies there "
-                    f"now (sample {wrong} starts elsewhere): remove {caches}"
-                )
-            if not _permutation(member.shuffle_index, len(member.sample_index) - 1):
-                raise ValueError(
-                    f"Megatron's index cache of {member.dataset_path} is damaged (its shuffle index does not hold every sample once): "
-                    f"remove {caches}"
-                )
-        for blend in (dataset for dataset in datasets if isinstance(dataset, BlendedDataset)):
-            if blend.dataset_index is None:
-                continue  # defer_npy_index_mmap
-            for number, member in enumerate(blend.datasets):
-                drawn = blend.dataset_sample_index[blend.dataset_index == number]
-                if len(drawn) > len(member) or not _permutation(drawn, len(drawn)):
+            check_member(member, self.config)
+        for blend in datasets:
+            if isinstance(blend, BlendedDataset):
+                check_blend(blend, self.config)
+
+    def _check_packing(self, datasets: list[Any]) -> None:
+        """Whether samples of a subclass are GPTDataset's, before weights are attached: the first ones, and some of the others."""
+        for member in members(datasets):
+            if type(member).__module__.startswith(f"{__package__}."):
+                continue
+            stock = object.__new__(ExactGPTDataset)
+            stock.__dict__.update(member.__dict__)
+            for idx in sorted(
+                {*range(min(len(member), PROVEN)), *np.linspace(0, len(member) - 1, PROVEN, dtype=int).tolist()}
+            ):
+                mine, theirs = member[idx], stock[idx]
+                wrong = [key for key in PACKED if key not in mine or not torch.equal(mine[key], theirs[key])]
+                if wrong:
                     raise ValueError(
-                        f"Megatron's index cache of the blend of {len(blend.datasets)} data sets is damaged (samples of "
-                        f"{member.dataset_path} are not drawn one after another): remove "
-                        f"{os.path.join(self.config.path_to_cache or '', blend.unique_description_hash)}-*"
+                        f"EXACT weights the samples of GPTDataset, and those of {type(member).__name__.removeprefix('Exact')} are "
+                        f"others: {' and '.join(wrong)} of sample {idx} of {member.dataset_path} differ from GPTDataset's. Keep its "
+                        "packing (other keys are free), or set model.exact.enabled=false"
                     )
 
     def _census(self, train: Any) -> ExposureCensus:
@@ -374,33 +354,8 @@ def _census_path(train: Any, config: GPTDatasetConfig) -> str:
     digest.update(repr((bool(config.add_extra_token_to_sequence), bool(config.eod_mask_loss))).encode())
     for part in parts:  # the description names paths, not what lies there
         digest.update(np.ascontiguousarray(part.dataset.sequence_lengths).data)
-    folder = _cache_folder(parts[0].dataset.path_prefix, type(parts[0]), config)
+    folder = cache_folder(parts[0].dataset.path_prefix, type(parts[0]), config)
     return os.path.join(folder, f"{digest.hexdigest()}-{type(parts[0]).__name__}-train-census.json")
-
-
-def _cache_folder(prefix: str, cls: type[GPTDataset], config: GPTDatasetConfig) -> str:
-    """Where megatron.core keeps the indices of a data set."""
-    return config.path_to_cache or os.path.join(prefix, "cache", f"{cls.__name__}_indices")
-
-
-def _unreadable(path: str) -> str | None:
-    """Why numpy cannot map a .npy file, None where it can."""
-    try:
-        np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError, OSError) as error:
-        return " ".join(str(error).split())
-    return None
-
-
-def _permutation(index: np.ndarray, size: int) -> bool:
-    """Whether an index holds each of 0 .. size - 1 once."""
-    if index.ndim != 1 or len(index) != size or index.dtype.kind not in "ui":
-        return False
-    if size and (int(index.min()) < 0 or int(index.max()) >= size):
-        return False
-    seen = np.zeros(size, bool)
-    seen[index] = True
-    return bool(seen.all())
 
 
 def _longest_gap(train: Any, least: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .packing import aligned, piece_histogram, stream_tokens
+from .packing import aligned, segment_histogram, stream_tokens
 from .utils.files import writing
 
 
@@ -20,13 +20,13 @@ def effective_context(cu_seqlens: np.ndarray, continues: bool = False) -> np.nda
     """Effective context l_i = i - s(i) of the target at each input position (arXiv 2605.10544, section 3).
 
     Args:
-        cu_seqlens: int[pieces + 1], increasing boundaries [0, ..., S] of the visible pieces in one sample.
-        continues: the sample's last target belongs to the last piece (its document goes on in the next sample).
+        cu_seqlens: int[segments + 1], increasing boundaries [0, ..., S] of the visible segments in one sample.
+        continues: the sample's last target belongs to the last segment (its document goes on in the next sample).
 
     Returns:
-        int64[S], in tokens. Entry t belongs to the target at input position t: 1..L-1 inside a piece of length L and 0 at
+        int64[S], in tokens. Entry t belongs to the target at input position t: 1..L-1 inside a segment of length L and 0 at
         its last position, whose target is the next document's first token. With `continues` the last entry is the last
-        piece's L.
+        segment's L.
 
     Raises:
         ValueError: boundaries that do not start at 0 or do not increase.
@@ -128,14 +128,14 @@ class ExposureCensus:
         eod_mask_loss: bool,
         chosen: np.ndarray | None,
     ) -> ExposureCensus:
-        pieces = piece_histogram(lengths, seq_length, document_index=document_index, samples=samples, chosen=chosen)
-        both = pieces.ended + pieces.continued
+        segments = segment_histogram(lengths, seq_length, document_index=document_index, samples=samples, chosen=chosen)
+        both = segments.ended + segments.continued
         counts = np.zeros(seq_length + 1, np.int64)
-        counts[1:-1] = both[:0:-1].cumsum()[::-1][1:]  # a piece of length L has one target at each of 1..L-1
+        counts[1:-1] = both[:0:-1].cumsum()[::-1][1:]  # a segment of length L has one target at each of 1..L-1
         if add_extra_token:
-            counts += pieces.continued
+            counts += segments.continued
         if not eod_mask_loss:
-            counts[0] = pieces.ended.sum() - (0 if add_extra_token else pieces.closing)
+            counts[0] = segments.ended.sum() - (0 if add_extra_token else segments.closing)
         return cls(counts, seq_length, samples if chosen is None else int(chosen.sum()))
 
     @classmethod

@@ -52,10 +52,11 @@ class ExactLoss:
         self.config = config
         self.table: WeightTable | None = None
         self.wrapped = False
-        self._marks = torch.empty(0)
-        self._least_mark = 0
+        self._markers = torch.empty(0)
+        self._least_marker = 0
         self._patience = math.inf
         self._batches = 0
+        self.calls = 0  # of wrapped loss functions, in training and validation
         # float64: targets and tail weights seen in training since a tail weight was looked for; strange weights, one of them
         self._counts: torch.Tensor | None = None
 
@@ -81,8 +82,8 @@ class ExactLoss:
                 "and train with what it returns, or set model.exact.enabled=false"
             )
         self.table = table
-        self._marks = torch.from_numpy(table.marks)
-        self._least_mark, self._patience = proving_context(table)[0], _patience(table, longest_gap)
+        self._markers = torch.from_numpy(table.bucket_markers)
+        self._least_marker, self._patience = proving_context(table)[0], _patience(table, longest_gap)
         self._batches = 0
         self._counts = None
 
@@ -102,10 +103,13 @@ class ExactLoss:
             ExactError: `loss_func` is hooked already.
         """
         if getattr(loss_func, "exact_loss", None) is not None:
-            raise ExactError(f"{loss_func.__name__} is already hooked by EXACT: install the hook once")
+            raise ExactError(
+                f"{getattr(loss_func, '__name__', loss_func)} is already hooked by EXACT: install the hook once"
+            )
 
         @functools.wraps(loss_func)
         def hooked(loss_mask: torch.Tensor, output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
             losses = output_tensor.float()
             weights = loss_mask.float().view_as(losses)
             mask = (weights != 0).to(weights.dtype)
@@ -152,12 +156,12 @@ class ExactLoss:
         losses = losses.reshape(-1)
         weights = weights.reshape(-1)
         mask = mask.reshape(-1)
-        self._marks = self._marks.to(weights.device)
-        parts = weights == self._marks[:, None]
+        self._markers = self._markers.to(weights.device)
+        parts = weights == self._markers[:, None]
         self._watch(table, weights, parts, training)
         count = mask.sum()
         sums = [torch.stack([(losses * mask).sum(), count]), torch.stack([(losses * weights).sum(), count])]
-        if self._buckets and len(table.marks):
+        if self._buckets and len(table.bucket_markers):
             rows = parts.float()
             if len(table.part_names) > len(rows):
                 rows = torch.cat([(mask - rows.sum(0))[None], rows])
@@ -172,7 +176,7 @@ class ExactLoss:
         self._counts[3] = torch.maximum(self._counts[3], weights.where(strange, -math.inf).max())
         if training:
             self._counts[0] += (weights != 0).sum()
-            self._counts[1] += parts[self._least_mark :].sum()
+            self._counts[1] += parts[self._least_marker :].sum()
             self._batches += 1
         due = training and (self._batches % 64 == 0 or self._batches in (1, 2, 4, 8, 16, 32))
         if weights.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -220,12 +224,13 @@ class ExactLoss:
 
 
 def proving_context(table: WeightTable) -> tuple[int, int]:
-    """From where on a weight can only be the table's: (number of a mark, least effective context that it marks).
+    """From where on a weight can only be the table's: (number of a marker, least effective context that it marks).
 
-    Those are the marks behind the last one that is exactly 1, which unweighted data have too; (len(marks), S + 1) if there is none.
+    Those are the markers behind the last one that is exactly 1, which unweighted data have too; if there is none, (the number of
+    markers, S + 1).
     """
-    first = max((i + 1 for i, mark in enumerate(table.marks) if mark == 1), default=0)
-    return first, int(table.edges[table.tail[first]]) if first < len(table.marks) else table.seq_length + 1
+    first = max((i + 1 for i, marker in enumerate(table.bucket_markers) if marker == 1), default=0)
+    return first, int(table.edges[table.tail[first]]) if first < len(table.bucket_markers) else table.seq_length + 1
 
 
 def _patience(table: WeightTable, longest_gap: int) -> float:

@@ -1,8 +1,8 @@
-"""Document pieces of packed samples, from the index alone: no token is read. numpy only.
+"""Document segments of packed samples, from the index alone: no token is read. numpy only.
 
 Megatron (megatron/core/datasets/gpt_dataset.py) lays the documents of an epoch, in the order of `document_index`, end to end
 and cuts the stream into samples of S input tokens; with the extra token, sample i also holds token (i + 1) * S as its last
-label. A piece is what one sample holds of one document.
+label. A segment is what one sample holds of one document.
 """
 
 from __future__ import annotations
@@ -326,7 +326,7 @@ def _refuse(idx: str, array: str, entry: int, found: int, expected: str) -> NoRe
     )
 
 
-def sample_pieces(
+def sample_segments(
     document_index: np.ndarray,
     sample_index: np.ndarray,
     lengths: np.ndarray,
@@ -334,7 +334,7 @@ def sample_pieces(
     seq_length: int,
     extra_token: int = 1,
 ) -> tuple[np.ndarray, bool]:
-    """Boundaries of the pieces in one packed sample.
+    """Boundaries of the segments in one packed sample.
 
     Args:
         document_index: int32[epochs * documents], documents in packed order.
@@ -345,9 +345,9 @@ def sample_pieces(
         extra_token: 1 when the sample holds one more token for the last label, else 0.
 
     Returns:
-        (cu_seqlens int64[pieces + 1] from 0 to S, continues): `continues` says that the last label belongs to the last piece. A
+        (cu_seqlens int64[segments + 1] from 0 to S, continues): `continues` says that the last label belongs to the last segment. A
         sample shorter than S (the last one of a validation split) is padded: its inputs reach to the stream's last token, and
-        the padding is folded into the last piece, its targets masked.
+        the padding is folded into the last segment, its targets masked.
     """
     (first, offset), (last, end) = sample_index[sample : sample + 2].tolist()
     sizes = lengths[document_index[first : last + 1]].tolist()
@@ -370,7 +370,7 @@ def misplaced_sample(
     Megatron's index caches are named by the data's path: data prepared again at the same place meet the old indices.
 
     Args:
-        document_index, sample_index, lengths, seq_length: as for `sample_pieces`.
+        document_index, sample_index, lengths, seq_length: as for `sample_segments`.
         chunk: documents held at once.
     """
     if int(document_index.max(initial=0)) >= len(lengths):
@@ -401,7 +401,7 @@ def reaching_samples(
     """Which samples hold a target with an effective context of `least` or more.
 
     Args:
-        document_index, sample_index, lengths, extra_token: as for `sample_pieces`.
+        document_index, sample_index, lengths, extra_token: as for `sample_segments`.
         least: tokens, 1..S - 1.
         chunk: samples held at once.
 
@@ -415,7 +415,7 @@ def reaching_samples(
         first, last, end = index[:-1, 0], index[1:, 0], index[1:, 1]
         low = int(first[0])
         size = lengths.take(document_index[low : int(last[-1]) + 1])
-        # A piece of length L reaches L - 1, and L if its document goes on.
+        # A segment of length L reaches L - 1, and L if its document goes on.
         found = np.where(first == last, True, (size[first - low] - index[:-1, 1] > least) | (end + extra_token > least))
         whole = low + np.flatnonzero(size > least)  # documents, of which those matter that lie inside a sample
         sample = np.searchsorted(first, whole) - 1
@@ -425,12 +425,12 @@ def reaching_samples(
 
 
 @dataclass
-class PieceHistogram:
-    """Pieces by length, over a set of samples.
+class SegmentHistogram:
+    """Segments by length, over a set of samples.
 
     Attributes:
-        ended: int64[S + 1], pieces whose last target is the next document's first token.
-        continued: int64[S + 1], pieces whose document goes on in the next sample.
+        ended: int64[S + 1], segments whose last target is the next document's first token.
+        continued: int64[S + 1], segments whose document goes on in the next sample.
         closing: samples that end together with a document, which is counted in `ended`.
     """
 
@@ -458,7 +458,7 @@ def stream_tokens(lengths: np.ndarray, document_index: np.ndarray | None = None,
     return sum(int(part.sum(dtype=np.int64)) for part in _chunks(lengths, document_index, chunk))
 
 
-def piece_histogram(
+def segment_histogram(
     lengths: np.ndarray,
     seq_length: int,
     *,
@@ -466,8 +466,8 @@ def piece_histogram(
     document_index: np.ndarray | None = None,
     chosen: np.ndarray | None = None,
     chunk: int = 1 << 19,
-) -> PieceHistogram:
-    """Histogram the pieces of the first `samples` samples in one pass over the documents.
+) -> SegmentHistogram:
+    """Histogram the segments of the first `samples` samples in one pass over the documents.
 
     Args:
         lengths: int[documents], tokens per document, EOD included.
@@ -496,7 +496,7 @@ def piece_histogram(
         boundary = boundary[cut]
         head = np.minimum(boundary - (end[document] - size[document]), s)
         rest = end[document] - boundary
-        final = (rest <= s) & (boundary < stream_end)  # the document's last piece follows this boundary
+        final = (rest <= s) & (boundary < stream_end)  # the document's last segment follows this boundary
         rest = rest[final]
         sample = boundary // s
         size[document] = 0
@@ -514,5 +514,5 @@ def piece_histogram(
         offset = int(end[-1])
         if offset >= stream_end:
             break
-    ended[0] = 0  # empty documents have no piece
-    return PieceHistogram(ended, continued, closing)
+    ended[0] = 0  # empty documents have no segment
+    return SegmentHistogram(ended, continued, closing)

@@ -191,7 +191,7 @@ class DocumentAttention(MegatronModule):
             kv = GatherSpans.apply(key, value, local, spans)
             calls = zip(_flat(query).split(s // 2), kv, nq, nk, strict=True)
             with local.saving(kv[0]):
-                out = _join([piece for q, part, *lengths in calls for piece in kernel(q, part, None, *lengths)])
+                out = _join([out for q, part, *lengths in calls for out in kernel(q, part, None, *lengths)])
         return out.reshape(b, s, -1).transpose(0, 1).contiguous()
 
 
@@ -200,5 +200,5 @@ def _flat(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(0, 1)
 
 
-def _join(pieces: list[Tensor]) -> Tensor:
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+def _join(outputs: list[Tensor]) -> Tensor:
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

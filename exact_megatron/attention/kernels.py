@@ -26,7 +26,7 @@ def _cu_seqlens(lengths: Lengths, device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 
 
-# Kernels: query [tq, heads, d], key and value [tk, kv_heads, d], lengths -> output [tq, heads, d] in pieces. Key and value
+# Kernels: query [tq, heads, d], key and value [tk, kv_heads, d], lengths -> outputs, together [tq, heads, d]. Key and value
 # that are parts of one buffer come as key [tk, 2, kv_heads, d] and value None: Transformer Engine detects layouts by storage
 # offsets and rejects parts that do not start at 0, unless they are declared to be interleaved.
 
@@ -43,7 +43,7 @@ def _arguments(function: Callable[..., Any]) -> frozenset[str]:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor | None, nq: Lengths, nk: Lengths, scale: float | None) -> list[Tensor]:
     """Document by document, any device and dtype."""
     k, v = _apart(k, v)
-    pieces = []
+    outputs = []
     gqa = q.size(1) != k.size(1)
     # split, not slices: its backward is one concatenation, not a zero-filled tensor per document
     for part in zip(q.split(nq), k.split(nk), v.split(nk), strict=True):
@@ -55,8 +55,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor | None, nq: Lengths, nk: Lengths, scal
             mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
         square = rows == columns
         out = F.scaled_dot_product_attention(qi, ki, vi, mask, 0.0, square, scale=scale, enable_gqa=gqa)
-        pieces.append(out.squeeze(0).transpose(0, 1))
-    return pieces
+        outputs.append(out.squeeze(0).transpose(0, 1))
+    return outputs
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor | None, nq: Lengths, nk: Lengths, scale: float | None) -> list[Tensor]:

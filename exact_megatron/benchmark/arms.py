@@ -72,7 +72,7 @@ def fingerprint(arm: Arm, samples: Sequence[int]) -> dict[str, Any]:
     hook = getattr(arm.loss_func, "exact_loss", None)
     read = [arm.dataset[i] for i in samples]
     masks = [sample["loss_mask"].numpy() for sample in read]
-    marks = np.empty(0, np.float32) if table is None else table.marks
+    markers = np.empty(0, np.float32) if table is None else table.bucket_markers
     boundaries = [np.unique(sample["cu_seqlens"].numpy()) for sample in read if "cu_seqlens" in sample]
     return {
         "weight table": table and table.digest,
@@ -81,9 +81,9 @@ def fingerprint(arm: Arm, samples: Sequence[int]) -> dict[str, Any]:
         "loss mask": digest(masks),
         "weights": np.stack(masks).astype(np.float64),
         "plain": all(np.isin(mask, (0, 1)).all() for mask in masks),
-        "tail weights": len(marks),
+        "tail weights": len(markers),
         "spread": 0.0 if table is None else float(np.ptp(table.lookup[table.counts > 0])),
-        "tail": int(sum(np.isin(mask, marks).sum() for mask in masks)),
+        "tail": int(sum(np.isin(mask, markers).sum() for mask in masks)),
         "segments": sum(len(b) - 1 for b in boundaries) if boundaries else None,
     }
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 
 from .dataset import measure_census, measure_getitem
+from .harness import run
 from .step import measure_step
+
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

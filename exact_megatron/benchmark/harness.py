@@ -18,7 +18,7 @@ import numpy as np
 
 from ..config import ExactError
 from ..utils import bootstrap
-from ..utils.environment import machine
+from ..utils.environment import environment
 from ..utils.files import write_text
 
 SEED = 1234
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         "benchmark": args.benchmark,
         "command": shlex.join([*command, *getattr(args, "overrides", [])]),
         **facts,
-        **machine(),
+        **environment(),
         "load average at the start": round(load, 2),
         "cores used by other processes": round(max(0.0, busy - own) / wall, 2),
         "rows": [asdict(row) for row in rows],

@@ -69,10 +69,10 @@ def describe_steps(settings: Any, trainer: Any, steps: int) -> str:
     )
 
 
-def twin(dataset: Any, **changes: Any) -> Any:
+def copy_dataset(dataset: Any, **changes: Any) -> Any:
     """The same samples from a copy with other attributes: weight_table=None as with model.exact.enabled=false."""
     copied = copy.copy(dataset)
     if hasattr(dataset, "datasets"):  # a blend
-        copied.datasets = [twin(member, **changes) for member in dataset.datasets]
+        copied.datasets = [copy_dataset(member, **changes) for member in dataset.datasets]
     vars(copied).update(changes)
     return copied

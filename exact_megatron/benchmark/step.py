@@ -10,7 +10,7 @@ import numpy as np
 
 from .arms import Arm, Step, prove_arms, prove_steps, watch_step
 from .harness import Measured, Row, interleaved, median_of_pairs
-from .one_rank import WARMUP, describe_steps, one_rank, twin
+from .one_rank import WARMUP, copy_dataset, describe_steps, one_rank
 
 
 def measure_step(args: argparse.Namespace) -> Measured:
@@ -34,7 +34,7 @@ def measure_step(args: argparse.Namespace) -> Measured:
             return step
 
         exact = Arm(trainer.train_data, trainer.loss_func)
-        baseline = Arm(twin(trainer.train_data, weight_table=None), gpt_loss)
+        baseline = Arm(copy_dataset(trainer.train_data, weight_table=None), gpt_loss)
         proof = prove_arms(exact, baseline, settings.model.global_batch_size)
         arms = {"exact": arm("exact", exact), "baseline": arm("baseline", baseline)}
         interleaved(arms, WARMUP)

@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 
 from ..config import ExactConfig
-from ..utils.files import STDOUT, write_text, writing
+from ..utils.files import STDOUT, not_empty, write_text, writing
 
 
-def run_census(args: argparse.Namespace) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prefix", nargs="+", help="common prefix of a .bin/.idx pair; several are counted together")
+    parser.add_argument("--seq-length", type=int, required=True, help="window in tokens")
+    defaults = ExactConfig()
+    parser.add_argument("--alpha", type=float, help=f"default: {defaults.alpha}")
+    parser.add_argument(
+        "--tail-share", type=float, help="share of the loss weight that the tail gets, in place of --alpha"
+    )
+    parser.add_argument("--gamma", type=float, help=f"default: {defaults.gamma}")
+    parser.add_argument("--tau", type=int, help="lower edge of the tail; default: a quarter of the window")
+    parser.add_argument("--eps", type=float, help=f"default: {defaults.eps}")
+    parser.add_argument("--normalization", choices=("corpus", "none"), help=f"default: {defaults.normalization}")
+    parser.add_argument("--max-weight", type=float, help="default: none")
+    parser.add_argument(
+        "--eod-mask-loss", action="store_true", help="targets after a document's EOD are not supervised"
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        type=not_empty,
+        help="write the table as JSON; - is standard output, without the table",
+    )
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        type=not_empty,
+        help="draw where supervision goes, before and after (PNG, SVG or PDF)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
     """Print, write and draw the census; where no target lies in the tail, unweighted, and then say so.
 
     Returns:
@@ -24,8 +55,8 @@ def run_census(args: argparse.Namespace) -> int:
 
     if args.plot:
         picture_name(args.plot)  # before the count, which may be long
-    names = ("alpha", "tail_share", "gamma", "tau", "eps", "normalization", "max_weight")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    names = [field.name for field in dataclasses.fields(ExactConfig)]
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     config = ExactConfig(**given).validated(args.seq_length)
     parts = [
         ExposureCensus.from_document_lengths(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -9,14 +10,32 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..reporting.comparison import write_report
+from ..config import PREFIX
+from ..reporting.comparison_report import write_report
 from ..study.runs import Arm, Run, Stage, plan_stages, training_steps
 from ..study.steps import run_steps
 from ..training.config import ConfigPath, config_paths, load_config
 from ..training.run_lock import only_writer
-from ..utils.environment import machine
+from ..utils.environment import environment
 from ..utils.files import write_text
 from ..utils.ranks import is_rank
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base-seq-length", type=int, required=True, help="window of the plain pretraining that makes the base"
+    )
+    parser.add_argument(
+        "--base-steps", type=int, required=True, help="its optimizer steps; global_batch_size is kept in tokens"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    for override in args.overrides:
+        if override.lstrip("+").startswith(f"{PREFIX}enabled"):
+            raise ValueError("compare sets model.exact.enabled itself: one arm without, one with")
+    compare(args.config, args.overrides, args.base_seq_length, args.base_steps)
+    return 0
 
 
 def compare(config_path: ConfigPath, overrides: list[str], base_seq_length: int, base_steps: int) -> None:
@@ -136,7 +155,7 @@ def describe(run: Run) -> dict[str, Any]:
     newest = run.folder / "checkpoints" / f"step_{run.steps_done:08d}"
     tensors = FileSystemReader(newest).read_metadata().state_dict_metadata
     sizes = [t.size for name, t in tensors.items() if hasattr(t, "size") and not name.startswith("optimizer.")]
-    facts = machine()
+    facts = environment()
     versions = facts.pop("versions")
     if run.config.trainer.accelerator == "cpu":
         facts["GPU"] = "not used"

@@ -7,7 +7,15 @@ import contextlib
 import os
 
 
-def run_train(args: argparse.Namespace) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="look at all that a run looks at before its model is built, print what would run, and start nothing; 2 if refused",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
     from ..training.config import load_config
     from ..training.data_files import read_vocabulary
     from ..training.lengths import check_lengths

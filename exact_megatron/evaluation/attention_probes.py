@@ -162,7 +162,7 @@ def probe_run(run_dir: str | Path, batches: int, overrides: list[str]) -> dict[s
             chunk.eval()
         with probe.watching([layer for chunk in trainer.model for layer in chunk.module.decoder.layers]):
             for _ in range(batches):
-                trainer._run_schedule(loader, trainer.measure_func, forward_only=True)
+                trainer.run_schedule(loader, trainer.measure_func, forward_only=True)
         for key, value in probe.means().items():
             result[key].append(value)
         result["steps"].append(step)

@@ -3,7 +3,7 @@
 Each document is scored on its own, from its first token on; one longer than the window is cut into windows that do not
 overlap, each of which starts with no context, as a sample of the packed stream does. Window k holds the inputs kS .. kS + S - 1 and
 one token more for the last label, so that its target i has effective context i, 1 to S, in the log2 buckets of the project
-(a window's S belongs to the last one). A document's first token is nobody's target, and a window's first token is the
+(a window's S belongs to the last one). A document's first token is not a target, and a window's first token is the
 last target of the window before it: every other token of a document is scored once.
 """
 
@@ -62,8 +62,8 @@ def document_losses(scorer: Scorer, ids: np.ndarray, window: int) -> np.ndarray:
     """Losses of a document's tokens but the first, float64[length - 1]; target t has context t % window + 1."""
     parts = []
     for start in range(0, len(ids) - 1, window):
-        piece = ids[start : start + window + 1].tolist()
-        parts.append(-scorer.logprobs(piece[:-1], range(len(piece) - 1), piece[1:]))
+        part = ids[start : start + window + 1].tolist()
+        parts.append(-scorer.logprobs(part[:-1], range(len(part) - 1), part[1:]))
     return np.concatenate(parts)
 
 

@@ -18,7 +18,7 @@ TEXT_BYTES = 8 << 20  # of a text source that are tokenized, at most
 
 
 class Filler:
-    """Documents as ids; `window` cuts pieces out of them.
+    """Documents as ids; `window` cuts stretches of tokens out of them.
 
     Attributes:
         documents: number of documents.

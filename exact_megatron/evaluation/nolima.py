@@ -140,14 +140,14 @@ class Book:
             text, where = distractor
             inside = self.breaks[(self.breaks >= start + where * length) & (self.breaks < end) & (self.breaks != place)]
             inserts.append((int(inside[0]) if len(inside) else end - 1, text))
-        pieces = []
+        parts = []
         done = start
         for cut, line in sorted(inserts):
             before = self.text.decode(self.ids[done : cut + 1].tolist())
-            pieces.append(before[: max(before.rfind("\n"), 0)] if cut in self.breaks else before)
-            pieces.append(f" {line}\n")
+            parts.append(before[: max(before.rfind("\n"), 0)] if cut in self.breaks else before)
+            parts.append(f" {line}\n")
             done = cut + 1
-        return "".join([*pieces, self.text.decode(self.ids[done:end].tolist())])
+        return "".join([*parts, self.text.decode(self.ids[done:end].tolist())])
 
 
 def distractor_depth(rng: np.random.RandomState, depth: float, length: int) -> float:

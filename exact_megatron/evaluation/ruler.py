@@ -19,7 +19,7 @@ from .ruler_items import TASKS, find_data, has_punkt, import_needles, make_items
 from .store import Metric, Store, digest
 
 LENGTHS = (4096, 8192, 16384, 32768)
-SHORTEST = 1024  # below, some generators find no item that fits and search for ever
+SHORTEST = 1024  # below, some generators find no item that fits and search forever
 SAMPLES = 500
 CHUNK = 25  # items between two writes to items.jsonl
 METRIC = Metric("RULER", "string match (%)", scale=100)

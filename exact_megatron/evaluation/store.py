@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..utils.environment import machine
+from ..utils.environment import environment
 from ..utils.files import read_json, write_json
 
 FORMAT = 1
@@ -111,7 +111,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         store = cls(folder, head)
         store._read()
-        write_json(folder / "results.json", head | machine(*PACKAGES) | {"finished": False})
+        write_json(folder / "results.json", head | environment(*PACKAGES) | {"finished": False})
         return store
 
     def _read(self) -> None:
@@ -144,7 +144,7 @@ class Store:
         """Write results.json with the summary."""
         items = digest(sorted((r["id"], r["hash"]) for r in self.records.values()))
         done = {"finished": True, "items": len(self.records), "items_hash": items, "summary": summary}
-        write_json(self.folder / "results.json", self.head | machine(*PACKAGES) | done | more)
+        write_json(self.folder / "results.json", self.head | environment(*PACKAGES) | done | more)
 
 
 def read_results(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

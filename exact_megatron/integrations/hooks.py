@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -69,7 +70,9 @@ def takes_loss(parameters: Sequence[str]) -> bool:
 
 
 def file_of(function: Any) -> str:
-    """Name of the file that a function comes from, for messages."""
+    """Name of the file that a function, or a partial of it, comes from, for messages."""
+    while isinstance(function, functools.partial):
+        function = function.func
     code = getattr(inspect.unwrap(function), "__code__", None)
     return os.path.basename(code.co_filename) if code else repr(function)
 

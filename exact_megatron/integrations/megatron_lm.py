@@ -1,11 +1,13 @@
 """Megatron-LM: hooks EXACT into `megatron.training.pretrain` and the script that calls it, whose file stays as it is.
 
-What is replaced while `pretrain` runs, and given back when it returns (paths in Megatron-LM):
+What is replaced while `pretrain` runs, and given back when it returns (paths in Megatron-LM; of a fork with a pretrain of its own,
+its module):
 
-    pretrain_gpt.py: loss_func                       ExactLoss.wrap of it
+    pretrain_gpt.py: loss_func                       ExactLoss.wrap of it, or of what forks.hook marked
     pretrain_gpt.py: BlendedMegatronDatasetBuilder   ExactDatasetBuilder
     pretrain_gpt.py: forward_step                    the same, with documents' boundaries for the model
     megatron/core/models/gpt/gpt_model.py: GPTModel  the same, with DocumentAttention, if EXACT masks the documents
+    megatron/training/training.py: initialize_megatron  the same, and the run is refused for its arguments before a model is built
     megatron/training/checkpointing.py: check_checkpoint_args   also compares the weights
     megatron/training/training.py: save_checkpoint   the same, after a look at the weights of the batches so far
     megatron/training/training.py: training_log      the same, with interval means of buckets that some steps lack
@@ -31,28 +33,42 @@ from ..config import ExactConfig, ExactError, QKTimingConfig
 from ..dataset import ExactDatasetBuilder
 from ..loss import bucket_of
 from ..refusals import refuse
+from ..utils.failures import said_once
 from .documents import feed_documents
+from .forks import HOOK, MARKED, WAY_OUT, followed, hook, name_of
 from .hooks import file_of, replaced, script_global, takes_loss
 from .host import Host, HostBuilder, Words, averages, say
 from .megatron_lm_arguments import ANEW, LEAST_CORE, OWN, core_version, plan_masking, refusals
 from .settings import take_settings, take_timing
 from .timing import timed_train_step
 
+__all__ = ["MegatronLM", "from_command_line", "hook", "whole_intervals"]
 WORDS = Words(
     hooked="loss_func, forward_step and BlendedMegatronDatasetBuilder",
     anew=ANEW,
     ask="--reset-attention-mask",
 )
+launched: MegatronLM | None = None  # by exact_megatron.launch, in this process
 
 
 def from_command_line(pretrain: Callable[..., Any]) -> Callable[..., Any]:
-    """For scripts that were patched (patches/): take EXACT's settings out of sys.argv and hook `pretrain`.
+    """For scripts that were patched (patches/), and for forks with a `pretrain` of their own: take EXACT's settings out of sys.argv,
+    unless the launcher has done so, and hook `pretrain`.
 
     Call it before Megatron-LM parses its arguments.
     """
+    if launched is not None:
+        return launched.hook(pretrain)
     timing, rest = take_timing(sys.argv[1:], os.environ)
     config, sys.argv[1:] = take_settings(rest, os.environ)
-    return MegatronLM(config, timing).hook(pretrain)
+    hooked = MegatronLM(config, timing).hook(pretrain)
+
+    @functools.wraps(hooked)
+    def trained(*args: Any, **kwargs: Any) -> Any:
+        with said_once(os.path.basename(sys.argv[0])):
+            return hooked(*args, **kwargs)
+
+    return trained
 
 
 class MegatronLM(Host):
@@ -95,41 +111,78 @@ class MegatronLM(Host):
                 stack.enter_context(replaced(checkpointing, "check_checkpoint_args", compared))
                 self.hooked = True
                 if self.timing.enabled:
-                    from megatron.training import training
-
-                    timed = timed_train_step(training.train_step, self.timing, _progress, say)
-                    stack.enter_context(replaced(training, "train_step", timed))
+                    step = _loop(pretrain, "train_step")
+                    timed = timed_train_step(step["train_step"], self.timing, _progress, say)
+                    stack.enter_context(replaced(step, "train_step", timed))
                 if not self.config.enabled:
                     return pretrain(*args, **kwargs)
-                step = self._replace(
-                    stack, call.arguments["train_valid_test_dataset_provider"], call.arguments["forward_step_func"]
+                call.arguments["forward_step_func"] = self._replace(
+                    stack,
+                    pretrain,
+                    call.arguments["train_valid_test_dataset_provider"],
+                    call.arguments["forward_step_func"],
                 )
-                call.arguments["forward_step_func"] = step
-                result = pretrain(*call.args, **call.kwargs)
+                try:
+                    result = pretrain(*call.args, **call.kwargs)
+                except SystemExit:  # Megatron-LM's way out of --exit-interval and the like
+                    self.loss.check()
+                    raise
                 self.loss.check()
                 return result
 
         hooked.exact = self  # type: ignore[attr-defined]
         return hooked
 
-    def _replace(self, stack: ExitStack, provider: Any, forward_step: Any) -> Callable[..., Any]:
+    @property
+    def asked(self) -> str:
+        """The setting that asks for a hooked run; empty where none does."""
+        timing = "model.qk_timing.enabled=true" if self.timing.enabled else ""
+        return "model.exact.enabled=true" if self.config.enabled else timing
+
+    def unhooked(self, what: str) -> ExactError:
+        """The error of a script that does something without having been hooked."""
+        return ExactError(
+            f"{what} never called megatron.training.pretrain: {self.asked}, but nothing was hooked. If it has a pretrain of its own: "
+            f"pretrain = exact_megatron.integrations.megatron_lm.from_command_line(pretrain) ({WAY_OUT})"
+        )
+
+    def may_step(self) -> None:
+        """Before any schedule of megatron.core.
+
+        Raises:
+            ExactError: nothing was hooked, or see `ready`.
+        """
+        if not self.hooked:
+            raise self.unhooked(f"{os.path.basename(sys.argv[0])} is about to train and")
+        if self.config.enabled:
+            self.ready()
+
+    def _replace(self, stack: ExitStack, pretrain: Any, provider: Any, forward_step: Any) -> Callable[..., Any]:
         """Replace what the module's table says, and return the forward step that takes the place of the script's."""
         from megatron.core.models.gpt.gpt_model import GPTModel
-        from megatron.training import training
 
         loss_func = self._find(provider, forward_step)
+        if MARKED:
+            hooked = list(MARKED)
+            losses: list[tuple[Any, str, Any]] = [(marked, "runs", self.loss.wrap(marked.runs)) for marked in MARKED]
+        else:
+            hooked = [self.loss.wrap(loss_func)]
+            losses = [(inspect.unwrap(forward_step).__globals__, "loss_func", hooked[0])]
+        logs, saves = _loop(pretrain, "training_log"), _loop(pretrain, "save_checkpoint")
         for owner, name, new in (
-            (inspect.unwrap(forward_step).__globals__, "loss_func", self.loss.wrap(loss_func)),
+            *losses,
             (
                 inspect.unwrap(provider).__globals__,
                 "BlendedMegatronDatasetBuilder",
                 functools.partial(HostBuilder, self),
             ),
             (GPTModel, "__init__", self.masking_init(GPTModel.__init__)),
-            (training, "training_log", whole_intervals(training.training_log)),
-            (training, "save_checkpoint", self.saving(training.save_checkpoint)),
+            (logs, "training_log", whole_intervals(logs["training_log"])),
+            (saves, "save_checkpoint", self.saving(saves["save_checkpoint"])),
         ):
             stack.enter_context(replaced(owner, name, new))
+        starts = _loop(pretrain, "initialize_megatron")
+        stack.enter_context(replaced(starts, "initialize_megatron", self._planning(starts["initialize_megatron"])))
         self.words = dataclasses.replace(WORDS, hooked=f"{WORDS.hooked} of {file_of(loss_func)}")
         fed: list[Callable[..., Any]] = []
 
@@ -138,9 +191,19 @@ class MegatronLM(Host):
             if not fed:
                 self.ready()
                 fed.append(feed_documents(forward_step, self.seq_length) if self.masking else forward_step)
-            return fed[0](*args, **kwargs)
+            output, returned = fed[0](*args, **kwargs)
+            return output, followed(returned, hooked, self.loss, forward_step)
 
         return step
+
+    def _planning(self, initialize: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(initialize)
+        def initialized(*args: Any, **kwargs: Any) -> Any:
+            result = initialize(*args, **kwargs)
+            self.plan()
+            return result
+
+        return initialized
 
     def _find(self, provider: Any, forward_step: Any) -> Callable[..., Any]:
         """The script's loss function; raises ExactError for a script that cannot be hooked, see hooks.py."""
@@ -152,18 +215,27 @@ class MegatronLM(Host):
                 f"Megatron-LM with core {megatron.core.__version__}: its loss_func reduces what it reports, which the hook does not "
                 f"follow. Use core {'.'.join(map(str, LEAST_CORE))} or later"
             )
-        loss_func = script_global(forward_step, "loss_func")
-        builder = script_global(provider, "BlendedMegatronDatasetBuilder")
+        loss_func = (
+            MARKED[0] if MARKED else self._global(forward_step, "loss_func", f"Decorate its loss function with {HOOK}")
+        )
+        builder = self._global(provider, "BlendedMegatronDatasetBuilder", "Build its data there with that class")
         if builder is not BlendedMegatronDatasetBuilder:
             raise ExactError(
                 f"BlendedMegatronDatasetBuilder in {file_of(provider)} is {builder!r}: not Megatron's, or hooked already"
             )
-        parameters = list(inspect.signature(loss_func).parameters)
-        if not takes_loss(parameters):
-            raise ExactError(
-                f"loss_func in {file_of(loss_func)} takes {parameters}, not (loss_mask, output_tensor, ...)"
-            )
+        for function in MARKED or [loss_func]:
+            parameters = list(inspect.signature(function).parameters)
+            if not takes_loss(parameters):
+                raise ExactError(
+                    f"the loss function {name_of(function)} takes {parameters}, not (loss_mask, output_tensor, ...)"
+                )
         return loss_func  # type: ignore[no-any-return]
+
+    def _global(self, function: Any, name: str, remedy: str) -> Any:
+        try:
+            return script_global(function, name)
+        except ExactError as error:
+            raise ExactError(f"{error}. {remedy} ({WAY_OUT})") from error
 
     def _comparing(self, check: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(check)
@@ -182,6 +254,7 @@ class MegatronLM(Host):
         if self._plan is None:
             args = _arguments()
             refuse(refusals(args, self.config))
+            self.config.validated(args.seq_length)
             self._plan = plan_masking(args, self.config)
             if self._plan[0] == OWN:  # get_batch sizes its broadcasts by these
                 args.create_attention_mask_in_dataloader = args.reset_attention_mask = False
@@ -260,6 +333,14 @@ def whole_intervals(training_log: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return logged
+
+
+def _loop(pretrain: Any, name: str) -> dict[str, Any]:
+    """The globals of that name: of the module that `pretrain` is from, else Megatron-LM's."""
+    from megatron.training import training
+
+    own: dict[str, Any] = getattr(inspect.unwrap(pretrain), "__globals__", {})
+    return own if name in own else vars(training)
 
 
 def _progress(_: dict[str, Any]) -> tuple[int, int]:

@@ -36,6 +36,8 @@ _DATA = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_
 WHOLE = """
     seq_length micro_batch_size eval_micro_batch_size num_attention_heads num_query_groups
     context_parallel_size tensor_model_parallel_size pipeline_model_parallel_size
+    num_layers hidden_size max_position_embeddings global_batch_size train_iters train_samples
+    num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank
 """.split()
 
 

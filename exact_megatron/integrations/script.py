@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..config import ExactConfig, ExactError, QKTimingConfig
+from ..config import ExactConfig, QKTimingConfig
 from .settings import take_settings, take_timing
 
 
@@ -33,7 +34,12 @@ def parse(arguments: list[str], environment: Mapping[str, str]) -> tuple[ExactCo
 
 
 def run_script(config: ExactConfig, script: Path, arguments: list[str], timing: QKTimingConfig) -> None:
-    """Execute the script as __main__ with its folder first on the path, as Python does, hooked if the settings enable it."""
+    """Execute the script as __main__ with its folder first on the path, as Python does, hooked if the settings enable it.
+
+    Raises:
+        ExactError: it is about to train, or ended, and nothing was hooked, although the settings ask for it.
+        What the script raises, and SystemExit where it leaves by that.
+    """
     sys.path.insert(
         0, str(script.resolve().parent)
     )  # before megatron is imported: the checkout's own core is to be used
@@ -41,12 +47,22 @@ def run_script(config: ExactConfig, script: Path, arguments: list[str], timing: 
     import megatron.training
     import megatron.training.training
 
-    from .megatron_lm import MegatronLM
+    from . import megatron_lm
+    from .forks import guarded
 
-    host = MegatronLM(config, timing)
+    host = megatron_lm.MegatronLM(config, timing)
     hooked = host.hook(megatron.training.pretrain)
     megatron.training.pretrain = megatron.training.training.pretrain = hooked
-    exec(compile(script.read_bytes(), str(script), "exec"), {"__name__": "__main__", "__file__": str(script)})
-    if (config.enabled or timing.enabled) and not host.hooked:
-        asked = "model.exact.enabled=true" if config.enabled else "model.qk_timing.enabled=true"
-        raise ExactError(f"{script} ended and never called megatron.training.pretrain: {asked}, but nothing was hooked")
+    megatron_lm.launched = host
+    left: SystemExit | None = None
+    with guarded(host.may_step) if host.asked else contextlib.nullcontext():
+        try:
+            exec(compile(script.read_bytes(), str(script), "exec"), {"__name__": "__main__", "__file__": str(script)})
+        except SystemExit as end:
+            if end.code not in (None, 0):
+                raise
+            left = end
+    if host.asked and not host.hooked:
+        raise host.unhooked(f"{script} ended and")
+    if left is not None:
+        raise left

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..blend import stored_order
 from ..exposure import ExposureCensus
-from ..packing import piece_histogram, read_index
+from ..packing import read_index, segment_histogram
 
 if TYPE_CHECKING:
     from ..training.schema import RunConfig
@@ -60,9 +60,9 @@ def read_data(run: RunConfig) -> tuple[Data | None, list[str]]:
         order = stored_order(part, s)
         census = ExposureCensus.from_document_lengths(part, s, document_index=order, eod_mask_loss=data.eod_mask_loss)
         counts += census.counts * (weight * samples / census.samples)
-        pieces = piece_histogram(part, s, document_index=order, samples=census.samples)
+        segments = segment_histogram(part, s, document_index=order, samples=census.samples)
         size = np.arange(s + 1, dtype=np.float64)
-        pairs += weight * float((pieces.ended + pieces.continued) @ (size * (size + 1) / 2)) / census.tokens
+        pairs += weight * float((segments.ended + segments.continued) @ (size * (size + 1) / 2)) / census.tokens
         facts.append(
             {
                 "prefix": prefix,

@@ -47,6 +47,6 @@ def flops_per_token(run: RunConfig, vocab_size: int, data: Data | None) -> dict[
 
 
 def causal_pairs(lengths: Iterable[int] | np.ndarray) -> int:
-    """Query-key pairs of causal attention inside pieces of these lengths: the sum of L (L + 1) / 2, about half their squares."""
+    """Query-key pairs of causal attention inside segments of these lengths: the sum of L (L + 1) / 2, about half their squares."""
     n = np.asarray(lengths, dtype=np.int64)
     return int((n * (n + 1) // 2).sum())

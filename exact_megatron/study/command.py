@@ -5,18 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import ExactError
 from ..training.run_lock import only_writer
-from ..utils.files import read_json
+from ..utils.files import not_empty, read_json
 from ..utils.ranks import is_rank
 from .plan import Study, StudyArm, read_study
 from .report import write_report
 from .runs import Run, training_steps
 from .steps import Step, run_steps
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="YAML of the study, for example configs/study.yaml")
+    parser.add_argument("--folder", type=not_empty, help="for data, runs and report, in place of the file's `folder`")
+    parser.add_argument("--plan", action="store_true", help="say what would be trained, and train nothing")
+    parser.add_argument(
+        "--report", action="store_true", help="write the page about the finished runs, and train nothing"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,21 +131,23 @@ def planned(study: Study, arm: StudyArm, base: int, seed: int) -> Run:
         folder_setting(study, name),
     ]
     proof = study.folder / "proofs" / f"{name}.json" if arm.exact is not None else None
-    kind = Run if arm.longce is None else partial(LongCERun, short=arm.longce)
-    plain = Run.planned(name, arm.name, study.config, settings, proof)
-    return plain if arm.longce is None else kind(plain.name, plain.what, plain.config, plain.given, plain.proof)
+    run = Run.planned(name, arm.name, study.config, settings, proof)
+    return run if arm.longce is None else LongCERun(run.name, run.what, run.config, run.given, short=arm.longce)
 
 
+@dataclass(frozen=True)
 class LongCERun(Run):
-    """A run of study/longce.py."""
+    """A run of study/longce.py.
 
-    def __init__(self, *args: Any, short: int) -> None:
-        super().__init__(*args)
-        object.__setattr__(self, "short", short)
+    Attributes:
+        short: K in tokens.
+    """
+
+    short: int = 128
 
     @property
     def command(self) -> list[str]:
-        return [sys.executable, "-m", "exact_megatron.study.longce", *self.given, f"study.short={self.short}"]  # type: ignore[attr-defined]
+        return [sys.executable, "-m", "exact_megatron.study.longce", *self.given, f"study.short={self.short}"]
 
 
 def run_name(arm: StudyArm, base: int, seed: int) -> str:

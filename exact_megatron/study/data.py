@@ -22,7 +22,7 @@ from .task import write_corpus, write_tokenizer
 
 def make_task(prefix: Path, seed: int, tokens: int, median: float, sigma: float, longest: int) -> None:
     """Write a corpus of the built-in task and prepare it to PREFIX.bin, PREFIX.idx, PREFIX.json."""
-    from ..prepare import prepare
+    from ..prepare import command as prepare
 
     text, tokenizer = prefix.parent / f"{prefix.name}.jsonl", prefix.parent / "tokenizer"
     write_corpus(text, seed, tokens, median, sigma, longest)

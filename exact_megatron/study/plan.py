@@ -13,7 +13,6 @@ from ..config import as_mapping, parse_scalars, unknown_key
 from ..utils.settings_file import yaml_values
 from .runs import BASELINE, Arm
 
-TRAINERS = ("exact", "longce")
 DATA = ("same", "upsample")
 
 

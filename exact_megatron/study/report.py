@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..reporting.style import markdown_table, new_figure, plain_axes
-from ..utils.environment import machine
+from ..utils.environment import environment
 from ..utils.files import read_json, write_text
 from .plan import Study
 from .statistics import Paired, holm, paired
@@ -106,7 +106,8 @@ def write_report(study: Study) -> Path:
     raw = [{"arm": r.arm, "base": r.base, "seed": r.seed, **r.measured} for r in results]
     bases = {seed: read_json(study.folder / f"base_{seed}" / "study.json") for seed in study.bases}
     write_text(
-        study.folder / "results.json", json.dumps({"machine": machine(), "bases": bases, "runs": raw}, indent=1) + "\n"
+        study.folder / "results.json",
+        json.dumps({"machine": environment(), "bases": bases, "runs": raw}, indent=1) + "\n",
     )
     draw_differences(study, results, arms, study.folder / "differences.png")
     draw_distance(study, results, study.folder / "distance.png")

@@ -32,7 +32,7 @@ def install() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
     cuda.synchronize = cuda.empty_cache = lambda *args, **kwargs: None
-    cuda.current_stream = cuda.default_stream = lambda device=None: _Inert()
+    cuda.current_stream = cuda.default_stream = lambda device=None: Inert()
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cuda": torch.get_rng_state()
     cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed) and None
@@ -79,7 +79,7 @@ def _is_cuda(device: Any) -> bool:
     )
 
 
-class _Inert:
+class Inert:
     """A stream on which nothing is ever pending."""
 
     def __getattr__(self, name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -12,11 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.num_microbatches_calculator import (
-    destroy_num_microbatches_calculator,
-    init_num_microbatches_calculator,
-)
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from rich.console import Console
 
@@ -25,17 +20,20 @@ from ..config import ExactConfig, ExactError
 from ..dataset import from_rank_0, members
 from ..loss import EXACT_LOSS, LM_LOSS, ExactLoss, bucket_of, gpt_loss
 from ..qk_timing import QKTiming
-from . import checkpoint, checkpoint_files, checkpoint_state, determinism
-from .auxiliary_losses import forget_auxiliary_losses, read_auxiliary_losses
+from . import checkpoint, checkpoint_files, checkpoint_state
+from .auxiliary_losses import read_auxiliary_losses
 from .data import STOP_SIGNALS, build_datasets, build_loader, get_batch
 from .data_files import Vocabulary, read_vocabulary
 from .lengths import check_lengths
 from .memory_record import record_memory
 from .metrics_log import RunLog
 from .model import build_model, build_optimizer
+from .process_groups import init_distributed, runs_on_cpu, seed_all, shutdown
 from .processes import end_forks_with_this_process
 from .schema import RunConfig
 from .start import find_start
+
+__all__ = ["MeanLoss", "Trainer", "init_distributed", "runs_on_cpu", "shutdown"]
 
 
 class MeanLoss(NamedTuple):
@@ -47,70 +45,6 @@ class MeanLoss(NamedTuple):
     @classmethod
     def of(cls, total: float, targets: int) -> MeanLoss:
         return cls(total / targets if targets else None, targets)
-
-
-def runs_on_cpu(run: RunConfig) -> bool:
-    """Whether the ranks run on the CPU.
-
-    Raises:
-        ValueError: this machine has not the GPUs that the run asks for.
-    """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if run.trainer.accelerator == "cpu" or (run.trainer.accelerator == "auto" and not gpus):
-        return True
-    if gpus < run.trainer.devices:
-        raise ValueError(
-            f"trainer.accelerator={run.trainer.accelerator} and trainer.devices={run.trainer.devices}, but torch finds {gpus} CUDA "
-            "devices: use a machine with more of them, fewer devices, or trainer.accelerator=cpu"
-        )
-    return False
-
-
-def init_distributed(run: RunConfig) -> torch.device:
-    """Join the process group and build the model-parallel groups; returns this rank's device."""
-    on_cpu = runs_on_cpu(run)
-    if on_cpu:
-        from . import cpu_runtime
-
-        cpu_runtime.install()
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if not on_cpu:
-        torch.cuda.set_device(device)
-        determinism.require(run)
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo" if on_cpu else "nccl", device_id=None if on_cpu else device)
-    if torch.distributed.get_world_size() != run.world_size:
-        raise ValueError(
-            f"{torch.distributed.get_world_size()} ranks were started, trainer.devices={run.trainer.devices} x "
-            f"trainer.num_nodes={run.trainer.num_nodes} asks for {run.world_size}"
-        )
-    m = run.model
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=m.tensor_model_parallel_size,
-        pipeline_model_parallel_size=m.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=m.virtual_pipeline_model_parallel_size,
-        context_parallel_size=m.context_parallel_size,
-        expert_model_parallel_size=m.expert_model_parallel_size,
-    )
-    _seed(m.seed)
-    init_num_microbatches_calculator(
-        torch.distributed.get_rank(), None, m.global_batch_size, m.micro_batch_size, run.data_parallel_size
-    )
-    return device
-
-
-def _seed(seed: int) -> None:
-    """As Megatron-LM: other numbers on every pipeline stage, so that their layers do not start alike."""
-    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    torch.manual_seed(seed)
-
-
-def shutdown() -> None:
-    """Undo init_distributed but for the process group, so that the next Trainer in this process may have another layout."""
-    forget_auxiliary_losses()
-    parallel_state.destroy_model_parallel()
-    destroy_num_microbatches_calculator()
 
 
 class Trainer:
@@ -195,7 +129,7 @@ class Trainer:
         )
         return losses, partial(loss_func, batch["loss_mask"])
 
-    def _run_schedule(self, loader: Iterator[Any], loss_func: Any, forward_only: bool) -> dict[str, MeanLoss]:
+    def run_schedule(self, loader: Iterator[Any], loss_func: Any, forward_only: bool) -> dict[str, MeanLoss]:
         """One global batch through megatron.core's schedule; returns the losses over all ranks, by name."""
         m = self.run.model
         micro_batches = [next(loader) for _ in range(self.run.num_microbatches)]
@@ -235,14 +169,14 @@ class Trainer:
         """
         m = self.run.model
         if m.hidden_dropout or m.attention_dropout:  # a resumed run draws the same masks
-            _seed(m.seed + self.step)
+            seed_all(m.seed + self.step)
         for chunk in self.model:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         started = time.perf_counter()
-        report = self._run_schedule(loader, self.loss_func, forward_only=False)
+        report = self.run_schedule(loader, self.loss_func, forward_only=False)
         self.loss.check()
         _refuse_not_finite("loss", report[LM_LOSS].loss, self.step + 1)
         if self.timing is not None:
@@ -282,7 +216,7 @@ class Trainer:
             chunk.eval()
         total: dict[str, list[Any]] = {}
         for left in reversed(range(self.run.trainer.limit_val_batches)):
-            report = self._run_schedule(loader, self.measure_func, forward_only=True)
+            report = self.run_schedule(loader, self.measure_func, forward_only=True)
             for name, mean in report.items():
                 entry = total.setdefault(name, [0.0, 0])
                 entry[0] += mean.loss * mean.targets if mean.loss is not None else 0.0

@@ -18,7 +18,7 @@ from .. import __version__
 GIB = 2**30  # bytes
 
 
-def machine(*others: str) -> dict[str, Any]:
+def environment(*others: str) -> dict[str, Any]:
     """Date, hardware and versions, those of packages `others` too where they are installed."""
     import torch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
@@ -32,6 +33,13 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
             if os.strerror(code) in str(error):
                 raise OSError(code, os.strerror(code), os.fspath(path)) from error
         raise
+
+
+def not_empty(word: str) -> str:
+    """The name of a file or folder on a command line, as argparse's `type`."""
+    if not word.strip():
+        raise argparse.ArgumentTypeError("the name is empty: is a variable of the shell unset?")
+    return word
 
 
 def changed_settings(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -46,7 +46,7 @@ def yaml_values(path: str | Path) -> dict[Any, Any]:
 
 
 def yaml_value(text: str, name: str) -> Any:
-    """The value in a piece of YAML, as `yaml_values` reads it; `name` is what errors call it. Raises ValueError."""
+    """The value in a part of a YAML file, as `yaml_values` reads it; `name` is what errors call it. Raises ValueError."""
     return _yaml(text, name)
 
 

@@ -54,7 +54,7 @@ def train(name, *more, prepare=lambda trainer: None):
 
 
 def on_validation_batch(trainer, number, action):
-    schedule, batches = trainer._run_schedule, []
+    schedule, batches = trainer.run_schedule, []
 
     def run_schedule(loader, loss_func, forward_only):
         batches.append(forward_only)
@@ -62,7 +62,7 @@ def on_validation_batch(trainer, number, action):
             action()
         return schedule(loader, loss_func, forward_only)
 
-    trainer._run_schedule = run_schedule
+    trainer.run_schedule = run_schedule
 
 
 def crash():
@@ -77,7 +77,7 @@ def stop():
 def watched(trainer):
     """A stop in the second batch; the third must not be computed."""
     on_validation_batch(trainer, 2, stop)
-    schedule = trainer._run_schedule
+    schedule = trainer.run_schedule
     counted = []
 
     def count(loader, loss_func, forward_only):
@@ -85,7 +85,7 @@ def watched(trainer):
         found["validation batches before the stop"] = sum(counted)
         return schedule(loader, loss_func, forward_only)
 
-    trainer._run_schedule = count
+    trainer.run_schedule = count
 
 
 def main():

@@ -46,8 +46,8 @@ def main() -> None:
     from exact_megatron.training.trainer import Trainer, shutdown
 
     off = mock.patch.object(config, "load_config", disabled(config.load_config))
-    same = mock.patch.object(one_rank, "twin", lambda dataset, **_: dataset)
-    same = mock.patch.object(benchmark_step, "twin", lambda dataset, **_: dataset)
+    same = mock.patch.object(one_rank, "copy_dataset", lambda dataset, **_: dataset)
+    same = mock.patch.object(benchmark_step, "copy_dataset", lambda dataset, **_: dataset)
     never = mock.patch.object(QKTimingConfig, "factor", lambda *_: 1.0)
     hooked = mock.patch.object(
         Trainer, "train_step", with_loss(Trainer.train_step, lambda trainer: trainer.loss.wrap(gpt_loss))

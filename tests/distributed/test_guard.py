@@ -17,10 +17,10 @@ for folder, normalization in zip(sys.argv[2:], ("corpus", "none")):
     trainer = Trainer(run, progress=False)
     drawn = 0
 
-    def loses_its_weights(dataset, mask, *pieces):
+    def loses_its_weights(dataset, mask, *segments):
         global drawn
         drawn += dataset is trainer.train_data
-        return mask if dataset is trainer.train_data and drawn > 24 else weighted(dataset, mask, *pieces)
+        return mask if dataset is trainer.train_data and drawn > 24 else weighted(dataset, mask, *segments)
 
     ExactGPTDataset._weighted = loses_its_weights
     try:

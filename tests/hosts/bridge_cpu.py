@@ -118,7 +118,7 @@ def install() -> None:
     cuda: Any = torch.cuda
     cuda.device_count = lambda: 1
     cuda.set_device = lambda device: None
-    cuda.Stream = type("Stream", (cpu_runtime._Inert,), {"__init__": lambda self, *args, **kwargs: None})
+    cuda.Stream = type("Stream", (cpu_runtime.Inert,), {"__init__": lambda self, *args, **kwargs: None})
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.get_device_properties = lambda *args: types.SimpleNamespace(
         major=10, minor=0, name="cpu", total_memory=1 << 34

@@ -43,7 +43,7 @@ def install() -> None:
     cuda = torch.cuda
     cuda.device_count = lambda: 1  # 0: no model-parallel groups, no seeds
     cuda.set_device = lambda device: None
-    cuda.Stream = lambda *args, **kwargs: cpu_runtime._Inert()  # DDP is built on a side stream
+    cuda.Stream = lambda *args, **kwargs: cpu_runtime.Inert()  # DDP is built on a side stream
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.get_device_properties = lambda *args: types.SimpleNamespace(major=10, minor=0)
     import megatron.core.datasets.utils as data_utils

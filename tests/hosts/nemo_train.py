@@ -29,7 +29,7 @@ def install() -> None:
     restore_torch_adam_steps()
     import torch
 
-    torch.cuda.Stream = lambda *args, **kwargs: cpu_runtime._Inert()  # megatron_base_model.py:276
+    torch.cuda.Stream = lambda *args, **kwargs: cpu_runtime.Inert()  # megatron_base_model.py:276
     torch.cuda.FloatTensor = torch.FloatTensor  # clip_grads.py
     import megatron.core.tensor_parallel.layers as layers
     import megatron.core.transformer.transformer_block as block

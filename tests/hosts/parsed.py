@@ -1,11 +1,15 @@
 """What EXACT makes of command lines by the arguments of Megatron-LM's own parser, and by those that `doctor` reads: parsed.py USUAL ..."""
 
+import argparse
 import json
 import sys
+from pathlib import Path
 
-from megatron.training.arguments import parse_args
+import megatron.training
+from megatron.training.arguments import add_megatron_arguments, parse_args
 
 from exact_megatron import ExactConfig
+from exact_megatron.commands.doctor.megatron_line import options
 from exact_megatron.integrations.megatron_lm_arguments import plan_masking, read_arguments, refusals, training_data
 
 LINES = """
@@ -41,6 +45,10 @@ def said(args):
 
 def main():
     usual = sys.argv[1:]
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    flags = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
+    known = options(Path(megatron.training.__file__).parents[2] / "pretrain_gpt.py")
+    print("\nUNKNOWN", json.dumps(sorted(flags - known)), flush=True)
     for line in LINES:
         sys.argv[1:] = [*usual, *line.split()]
         try:

@@ -393,6 +393,7 @@ def test_upstreams_masking_is_used_or_replaced_where_it_is_wrong(logs, name):
 
 def test_doctor_reads_command_lines_as_megatrons_parser_does(logs):
     assert logs("parsed").ok, logs("parsed").text[-3000:]
+    assert re.findall("^UNKNOWN (.*)", logs("parsed").text, re.M) == ["[]"]  # else doctor would call an option misspelt
     found = [json.loads(line) for line in re.findall("^LINE (.*)", logs("parsed").text, re.M)]
     assert len(found) > 12
     for line, theirs, doctors in found:

@@ -622,10 +622,11 @@ def test_containers_of_a_chain_see_all_of_it(slurm):
 def test_the_commands_of_a_chain_are_understood(slurm, monkeypatch, evaluate):
     """What stages.sh submits goes through the real command line: a renamed option is seen here, and not after days of training."""
     from exact_megatron import cli, convert
+    from exact_megatron.commands import train
     from exact_megatron.evaluation import command
 
     seen = []
-    for module, name in ((convert, "run"), (command, "run"), (command, "run_compare"), (cli, "run_train")):
+    for module, name in ((convert, "run"), (command, "run"), (command, "run_compare"), (train, "run")):
         monkeypatch.setattr(module, name, lambda args, name=name: seen.append(args) or 0)
     done = stages(slurm, "--evaluate", f"--suite distance-probe {evaluate}")
     assert done.returncode == 0, done.stderr

@@ -51,13 +51,13 @@ def test_budget_mean_and_formula(bucket_counts, alpha, gamma, normalization):
     if normalization == "corpus":
         assert abs(mean - 1) < 1e-7
     if alpha == 0:
-        assert (table.lookup == np.float32(1)).all() and len(table.marks) == 0 and table.part_names == []
+        assert (table.lookup == np.float32(1)).all() and len(table.bucket_markers) == 0 and table.part_names == []
     else:
-        filled = [(c, w) for c, w in zip(bucket_counts[8:], table.marks) if c]
+        filled = [(c, w) for c, w in zip(bucket_counts[8:], table.bucket_markers) if c]
         assert all(a[1] < b[1] for a in filled for b in filled if a[0] > b[0])  # the rarer weighs more
-        marked = [*table.marks, table.lookup[0]]
+        marked = [*table.bucket_markers, table.lookup[0]]
         assert len(set(marked)) == len(marked) == 3
-        assert (table.marks > table.lookup[0]).all()
+        assert (table.bucket_markers > table.lookup[0]).all()
 
 
 def test_rarer_buckets_weigh_more():
@@ -66,7 +66,7 @@ def test_rarer_buckets_weigh_more():
     assert weights[0] < weights[1] < weights[2]
     flat = WeightTable.from_counts(counts_for([100] * 7 + [1000, 100, 10], 4096), 4096, tau=512, gamma=0.0)
     assert flat.bucket_weights[-3:].tolist() == [1.15, 1.15, 1.15]
-    assert len(set(flat.marks)) == 3 and max(flat.marks) < min(flat.marks) * (1 + 1e-6)
+    assert len(set(flat.bucket_markers)) == 3 and max(flat.bucket_markers) < min(flat.bucket_markers) * (1 + 1e-6)
 
 
 def test_empty_tail_bucket_takes_its_neighbours_weight():
@@ -114,7 +114,7 @@ def test_digest_follows_the_weights():
 
 def test_measuring_table_marks_every_bucket_and_moves_no_weight():
     table = WeightTable.measuring(4096)
-    assert len(table.marks) == 10 and table.part_names[0] == "0-7" and table.part_names[-1] == "2048-4096"
+    assert len(table.bucket_markers) == 10 and table.part_names[0] == "0-7" and table.part_names[-1] == "2048-4096"
     assert len(set(table.lookup.tolist())) == 10
     assert table.lookup.max() / table.lookup.min() < 1 + 2e-6
 
@@ -136,9 +136,14 @@ def test_a_binding_cap_keeps_mean_and_order(cap):
     table = WeightTable.from_counts(counts, 4096, tau=512, alpha=0.3, max_weight=cap)
     assert abs(table.mean - 1) < 1e-7
     if cap == 1:
-        assert (table.lookup == 1).all() and not len(table.marks)
+        assert (table.lookup == 1).all() and not len(table.bucket_markers)
     else:
-        assert table.marks[0] < table.marks[1] < table.marks[2] < table.marks[0] * (1 + 1e-6)
+        assert (
+            table.bucket_markers[0]
+            < table.bucket_markers[1]
+            < table.bucket_markers[2]
+            < table.bucket_markers[0] * (1 + 1e-6)
+        )
 
 
 def test_extreme_exponents_and_budgets():

@@ -68,6 +68,20 @@ def test_a_missing_extra_is_one_line(module, write_corpus, monkeypatch, capsys, 
         main([*line, "--traceback"])
 
 
+@pytest.mark.parametrize(
+    "line",
+    [["census", "PREFIX", "--seq-length", "64", "--json", "-"], ["files", "--to", "DIR"], ["doctor"], ["--help"]],
+)
+def test_these_commands_need_numpy_alone(line, write_corpus, tmp_path):
+    """Of what an extra brings, only what the command itself uses is imported: a login node has numpy."""
+    names = {"PREFIX": write_corpus(np.full(20, 100)), "DIR": str(tmp_path / "files")}
+    line = [names.get(word, word) for word in line]
+    code = f"import sys; sys.modules.update(dict.fromkeys({sorted(extras.MODULES)!r})); "
+    code += f"from exact_megatron.cli import main; sys.exit(main({line!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_import_error_of_our_own_is_no_missing_extra():
     assert extras.remedy(ImportError("x", name="exact_megatron.nothing")) is None
     assert extras.remedy(ImportError("x")) is None

@@ -367,7 +367,10 @@ def test_the_longest_wait_for_a_tail_weight_is_that_of_the_samples(
             (train, _, _), builder = build(
                 dataset_config(tmp_path, blend, add_extra_token_to_sequence=extra), [samples, 0, 0], exact
             )
-            tail = [bool(np.isin(train[i]["loss_mask"].numpy(), builder.table.marks).any()) for i in range(len(train))]
+            tail = [
+                bool(np.isin(train[i]["loss_mask"].numpy(), builder.table.bucket_markers).any())
+                for i in range(len(train))
+            ]
             runs = "".join("x" if t else "." for t in tail).split("x")
             assert gaps.pop() == max(map(len, runs)) > 0
 

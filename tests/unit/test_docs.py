@@ -38,6 +38,7 @@ UPSTREAM = {
     "fused_linear_cross_entropy.py",
     "fused_softmax.py",
     "gpt_layer_specs.py",
+    "arguments.py",
     "layernorm_linear.py",
     "megatron_gpt_model.py",
     "megatron_gpt_pretraining.py",
@@ -49,6 +50,7 @@ UPSTREAM = {
     "run_recipe.py",
     "schedules.py",
     "theoretical_memory_usage.py",
+    "training.py",
     "training/arguments.py",
 }
 EXAMPLES = {"folder/file.py"}  # stand for a file of the user's

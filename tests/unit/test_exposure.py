@@ -6,7 +6,7 @@ import pytest
 
 from exact_megatron import ExposureCensus, effective_context, log2_bucket_edges
 from exact_megatron import packing as packing_module
-from exact_megatron.packing import piece_histogram, read_index
+from exact_megatron.packing import read_index, segment_histogram
 from tests.helpers.references import PositionTokenizer, context_of_targets, uneven_lengths
 
 
@@ -77,7 +77,7 @@ def test_census_equals_counting_over_tokens(seed, monkeypatch):
     total = int((lengths if order is None else lengths[order]).sum())
     chosen = rng.random((total - extra) // seq_length) < 0.5 if seed % 2 else None
     chunk = int(rng.choice([1, 3, 1000]))  # documents may be cut at chunk ends
-    monkeypatch.setitem(piece_histogram.__kwdefaults__, "chunk", chunk)
+    monkeypatch.setitem(segment_histogram.__kwdefaults__, "chunk", chunk)
     census = ExposureCensus.from_document_lengths(
         lengths,
         seq_length,

@@ -1,6 +1,7 @@
 """Imports inside exact_megatron: they point one way, in no circle, and no file takes another's _private names.
 
-Read from the source, wherever an import stands (in a function, or for type checkers only). Run alone: check_imports.py [CHECKOUT].
+Read from the source, wherever an import stands (in a function, for type checkers only, or as a name in cli.py's table).
+Run alone: check_imports.py [CHECKOUT].
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ NAME = "exact_megatron"
 # The method first, then its uses: a room imports from its own line and from those above it.
 ORDER = (
     ("ranges", "refusals", "config", "packing", "blend", "batch_context", "attention"),
-    ("exposure", "qk_timing", "utils"),
+    ("exposure", "index_caches", "qk_timing", "utils"),
     ("allocation",),
     ("loss", "reporting"),
     ("dataset",),
@@ -80,6 +81,8 @@ def read_imports(folder: Path) -> list[Import]:
                         local[alias.asname or alias.name] = f"{source}.{alias.name}"
                     else:
                         targets.append((source, (alias.name,)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("."):
+                targets.append((package + node.value, ()))  # ".commands.train", a module of cli.py's table
             for target, names in targets:
                 if target in known and target != name:
                     found.append(Import(name, target, names, f"{path.relative_to(folder.parent)}:{node.lineno}"))
@@ -147,6 +150,27 @@ def private_names(imports: list[Import]) -> list[str]:
     )
 
 
+def private_attributes(folder: Path) -> list[str]:
+    """One line for each `thing._name` whose `_name` is a function or method of other files of the package alone."""
+    trees = {path: ast.parse(path.read_text(), str(path)) for path in sorted(folder.rglob("*.py"))}
+    defined = {
+        path: {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        for path, tree in trees.items()
+    }
+    everywhere = set().union(*defined.values())
+    return sorted(
+        f"{path.relative_to(folder.parent)}:{node.lineno}: {ast.unparse(node)} is private"
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and node.attr not in ("_asdict", "_replace")  # of a NamedTuple, public
+        and ast.unparse(node.value) not in ("self", "cls")
+        and node.attr in everywhere - defined[path]
+    )
+
+
 def links(imports: list[Import], group: list[str]) -> list[str]:
     """The imports that make a group a circle."""
     return sorted(
@@ -171,7 +195,7 @@ def test_no_modules_import_each_other() -> None:
 
 
 def test_no_file_takes_private_names_of_another() -> None:
-    assert private_names(read_imports(FOLDER)) == []
+    assert private_names(read_imports(FOLDER)) + private_attributes(FOLDER) == []
 
 
 def main() -> int:
@@ -181,7 +205,10 @@ def main() -> int:
     print(f"circles: {len(groups)}")
     for group in groups:
         print("  " + ", ".join(group), *(f"    {link}" for link in links(imports, group)), sep="\n")
-    for title, lines in (("against the order", against_the_order(imports)), ("private names", private_names(imports))):
+    for title, lines in (
+        ("against the order", against_the_order(imports)),
+        ("private names", private_names(imports) + private_attributes(folder)),
+    ):
         print(f"{title}: {len(lines)}", *(f"  {line}" for line in lines), sep="\n")
     return 0
 

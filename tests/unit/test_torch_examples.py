@@ -37,7 +37,7 @@ def stream(tmp_path, write_corpus):
     samples = []
     for i in range(len(train)):
         sample = train[i]
-        cu, goes_on = train.pieces(i)
+        cu, goes_on = train.segments(i)
         samples.append(
             (sample["tokens"] % VOCABULARY, sample["labels"] % VOCABULARY, sample["loss_mask"], cu.tolist(), goes_on)
         )

@@ -12,11 +12,11 @@ import numpy as np
 
 from ...packing import read_index
 from ...planning.flops import causal_pairs
-from ...utils.environment import GIB, machine
+from ...utils.environment import GIB, environment
 from ..arms import Arm, Step, prove_arms, prove_steps, watch_step
 from ..geometry import GEOMETRIES
 from ..harness import interleaved
-from ..one_rank import twin
+from ..one_rank import copy_dataset
 from ..synthetic import write_corpus
 from .cells import PAIRS, Cell, Result, blocks_of, documents_of
 from .results import compare_arms
@@ -53,8 +53,8 @@ class Bench:
         self.segments: list[np.ndarray] = []  # their lengths, a micro-batch of the exact arm
         self.data = {
             "exact": Arm(trainer.train_data, trainer.loss_func),
-            "baseline": Arm(twin(trainer.train_data, weight_table=None), gpt_loss),
-            "causal": Arm(twin(trainer.train_data, weight_table=None, emit_cu_seqlens=False), gpt_loss),
+            "baseline": Arm(copy_dataset(trainer.train_data, weight_table=None), gpt_loss),
+            "causal": Arm(copy_dataset(trainer.train_data, weight_table=None, emit_cu_seqlens=False), gpt_loss),
         }
         self.proof = prove_arms(
             self.data["exact"], self.data["baseline"], run.model.global_batch_size, self.data["causal"]
@@ -195,7 +195,7 @@ def _describe(bench: Bench, flops: dict[str, float]) -> Result:
         "documents": documents_of(bench.args),
         "attention share of FLOPs": {name: 1 - without / flops[name] for name in ("exact", "causal")},
         "overrides": bench.args.overrides,
-        **machine("transformer-engine"),
+        **environment("transformer-engine"),
     }
 
 

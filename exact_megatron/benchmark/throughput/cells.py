@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...packing import read_index
 from ...planning.memory import memory
-from ...utils.environment import GIB, machine
+from ...utils.environment import GIB, environment
 from ..arms import digest
 from ..geometry import GEOMETRIES
 from ..one_rank import STEP_FORCED
@@ -153,7 +153,7 @@ def asked_of(args: argparse.Namespace, gpu: str) -> dict[str, Any]:
     return options | {
         "documents": documents_of(args),
         "GPU": gpu,
-        "versions": machine("transformer-engine")["versions"],
+        "versions": environment("transformer-engine")["versions"],
     }
 
 

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "line",
         nargs=argparse.REMAINDER,
         metavar="key=value ... | [settings] SCRIPT ARGUMENTS",
-        help="overrides of --config, or a command line as given to `exact-megatron launch`",
+        help="overrides of --config, or a command line as given to `exact-megatron launch` or torchrun",
     )
 
 
@@ -62,7 +62,9 @@ def run_lines(run: dict[str, Any]) -> list[str]:
     """What a run would do, and why it would not, as text."""
     text = [f"{name:<20}{value}" for name, value in run.get("plan", {}).items()]
     if "window" in run:
-        text.append(f"{'EXACT':<20}{'enabled' if run['enabled'] else 'off: model.exact.enabled=false'}")
+        text.append(
+            f"{'EXACT':<20}{'enabled' if run['enabled'] else 'off: model.exact.enabled=false, nothing would be weighted'}"
+        )
         text.append(f"{'documents':<20}{run['documents']}")
     if run.get("tau"):
         text.append(f"{'window, tau':<20}{run['window']}, {run['tau']} (alpha {run['alpha']}, gamma {run['gamma']})")
@@ -71,6 +73,11 @@ def run_lines(run: dict[str, Any]) -> list[str]:
         stream = f"{run['data']} file pairs in stored order, once" if "data" in run else "the run's own stream"
         text.append(f"{'tail':<20}{share} ({stream})")
     reasons = [line for reason in run["refused"] for line in reason.splitlines()]
+    if not reasons and run.get("enabled") is False:
+        return [
+            *text,
+            f"{'refused':<20}nothing: the run would start without EXACT's weights (model.exact.enabled=true asks for them)",
+        ]
     text += [f"{'refused':<20}{line}" for line in reasons] or [
         f"{'refused':<20}nothing: EXACT would start this run (layers of --spec and a checkpoint's weights are looked at when loaded)"
     ]

@@ -12,6 +12,7 @@ from ...integrations.hooks import functions_of, takes_loss
 from ...integrations.megatron_lm_arguments import LEAST_CORE, MASKING_CORE, USES
 from ...integrations.nemo_arguments import check_version
 from .looks import problems
+from .megatron_line import calls_upstream, other_kinds
 
 
 def versions() -> dict[str, str]:
@@ -107,19 +108,25 @@ def megatron_lm(script: Path) -> str:
         least = ".".join(map(str, LEAST_CORE))
         return f"no: core {label}, its loss_func reduces what it reports; {least} or later is needed"
     try:
-        functions = functions_of(script.read_text())
+        source = script.read_text()
+        functions = functions_of(source)
     except SyntaxError as error:
         return f"no: {script}, line {error.lineno}: {error.msg}"
+    elsewhere, hooks = calls_upstream(source)
     missing = [
         f"{name} uses no {used}"
         for name, used in USES.items()
-        if name not in functions or used not in functions[name].co_names
+        if not ("hook" in hooks and used == "loss_func")
+        and (name not in functions or used not in functions[name].co_names)
     ]
     loss = functions.get("loss_func")
-    if loss is None or not takes_loss(loss.co_varnames[: loss.co_argcount]):
+    if "hook" not in hooks and (loss is None or not takes_loss(loss.co_varnames[: loss.co_argcount])):
         missing.append("loss_func does not take (loss_mask, output_tensor, ...)")
+    missing += [elsewhere] if elsewhere else []
+    data = other_kinds(source)[1]
+    missing += [f"its samples are those of {data}, not of GPTDataset"] if data else []
     if missing:
-        return f"no: core {label}, {'; '.join(missing)}"
+        return f"no: core {label}, {'; '.join(missing)} (docs/hosts.md, Forks)"
     masks = version is None or version >= MASKING_CORE
     masking = "masks documents" if masks else "without DocumentAttention (core < 0.16)"
     return f"hookable: core {label}, exact-megatron launch, {masking}"

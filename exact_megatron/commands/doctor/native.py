@@ -88,7 +88,7 @@ class _Looks:
         if table is not None:
             facts = {"tau": table.config.tau, "alpha": table.config.alpha, "gamma": table.config.gamma}
             self.counted.update(facts, tail_share=table.tail_share, weighted_tail_share=table.weighted_tail_share)
-            weights = [*table.lookup[: min(table.tail[0], 1)], *table.marks]
+            weights = [*table.lookup[: min(table.tail[0], 1)], *table.bucket_markers]
             named = ", ".join(f"{n}: {w:.4f}" for n, w in zip(table.part_names, weights))
             self.plan["weights"] = named or "all 1"
 

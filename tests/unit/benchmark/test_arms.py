@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from exact_megatron.benchmark import arms
-from exact_megatron.benchmark.one_rank import twin
+from exact_megatron.benchmark.one_rank import copy_dataset
 from exact_megatron.config import ExactError
 from tests.helpers.forked import run
 
@@ -61,7 +61,7 @@ def test_proof_of_arms_that_differ(arm_of):
     }
     masks = np.stack([exact.dataset[i]["loss_mask"].numpy() for i in range(4)])
     assert (
-        own["tail"] == (masks >= exact.dataset.weight_table.marks.min()).sum() > 0
+        own["tail"] == (masks >= exact.dataset.weight_table.bucket_markers.min()).sum() > 0
         and other["plain"]
         and not own["plain"]
     )
@@ -76,7 +76,7 @@ def test_proof_of_arms_that_differ(arm_of):
         (("model.exact.alpha=0",), (OFF,), "all weights of the arm exact are 1: set model.exact.alpha above 0"),
         ((), (OFF, "model.seed=5"), "read different tokens in samples 0 to 3"),
         (
-            ("model.exact.tau=0", "model.exact.gamma=0"),  # marks that a rounding step sets apart
+            ("model.exact.tau=0", "model.exact.gamma=0"),  # markers that a rounding step sets apart
             (OFF,),
             "the weights of the arm exact differ by .*e-0., at least 0.001 is needed: raise model.exact.alpha",
         ),
@@ -107,7 +107,9 @@ def test_vacuous_losses_masks_and_documents_are_refused(arm_of):
         arms.prove_arms(exact, baseline, 4, baseline)
     third = arm_of(OFF, "model.seed=5")
     with refused("has other tokens"):
-        arms.prove_arms(exact, baseline, 4, arms.Arm(twin(third.dataset, emit_cu_seqlens=False), third.loss_func))
+        arms.prove_arms(
+            exact, baseline, 4, arms.Arm(copy_dataset(third.dataset, emit_cu_seqlens=False), third.loss_func)
+        )
     with refused("the data of the arm causal have the weight table"):
         arms.prove_arms(exact, baseline, 4, exact)
 
@@ -131,7 +133,7 @@ def test_loss_masks_must_differ_by_more_than_rounding(arm_of):
             return sample | {"loss_mask": (sample["loss_mask"] != 0).double()}  # another type is no difference
 
     exact.dataset.__class__ = Plain
-    exact.dataset.weight_table.marks = np.append(exact.dataset.weight_table.marks, np.float32(1))
+    exact.dataset.weight_table.bucket_markers = np.append(exact.dataset.weight_table.bucket_markers, np.float32(1))
     with pytest.raises(ExactError, match="the loss masks differ by at most 0 in the first .* batches of 4 samples"):
         arms.prove_arms(exact, baseline, 4)
 
@@ -140,7 +142,7 @@ def test_masks_that_change_nothing_are_no_third_arm(arm_of, write_corpus):
     """Samples of a single long document are single segments."""
     long = f"model.data.data_prefix=[{write_corpus(np.array([20_000]), 'long')}]"
     exact, baseline = arm_of(long), arm_of(long, OFF)
-    causal = arms.Arm(twin(baseline.dataset, emit_cu_seqlens=False), baseline.loss_func)
+    causal = arms.Arm(copy_dataset(baseline.dataset, emit_cu_seqlens=False), baseline.loss_func)
     assert arms.prove_arms(exact, baseline, 4)["tail targets"] > 0
     with pytest.raises(
         ExactError, match="every sample is a single segment in the first 64 batches .* shorter documents"

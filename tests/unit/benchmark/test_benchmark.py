@@ -131,6 +131,6 @@ def test_unweighted_twin_leaves_the_weighted_data_alone():
 
     member = Data()
     blend = Data(member)
-    twin = one_rank.twin(blend, weight_table=None)
-    assert twin.datasets[0].weight_table is None and member.weight_table == "table"
+    copied = one_rank.copy_dataset(blend, weight_table=None)
+    assert copied.datasets[0].weight_table is None and member.weight_table == "table"
     assert blend.datasets == [member]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import MockGPTDataset
 
 from exact_megatron import ExactConfig
 from exact_megatron.attention import supported
@@ -26,6 +26,7 @@ from exact_megatron.integrations.megatron_lm import MegatronLM, from_command_lin
 from exact_megatron.integrations.megatron_lm_arguments import NONE, OWN, UPSTREAM, plan_masking, refusals
 from exact_megatron.integrations.script import parse
 from exact_megatron.integrations.settings import take_settings
+from tests.helpers.small_host import ARGS, MODEL, SCRIPT, UNMASKED, Host, training_log
 
 ON = "model.exact.enabled=true"
 
@@ -117,7 +118,6 @@ def test_the_command_wants_a_script(line, capsys):
     assert "exact-megatron launch: " in capsys.readouterr().err
 
 
-ARGS = {"micro_batch_size": 1, "transformer_impl": "transformer_engine", "spec": None, "data_path": ["x"]}
 DENSE, THD = {"reset_attention_mask": True}, {"dataloader_inter_document_masking": True}
 
 
@@ -222,109 +222,6 @@ def test_unset_modelopt_arguments_are_no_reason():
     }
     assert refusals(Namespace(**ARGS | DENSE | unset), ExactConfig(), (0, 13)) != []  # Transformer Engine's layers
     assert refusals(Namespace(**ARGS | DENSE | unset), ExactConfig(), (0, 16)) == []
-
-
-# A host: what pretrain_gpt.py and megatron.training are to the hook.
-
-SCRIPT = """
-from functools import partial
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.training import pretrain
-
-def loss_func(loss_mask, output_tensor, model=None):
-    count = loss_mask.sum().int()
-    loss = (output_tensor.view(-1) * loss_mask.view(-1)).sum()
-    return loss, count, {"lm loss": loss.detach().view(1)}
-
-def forward_step(data_iterator, model):
-    batch = next(data_iterator)
-    return model(batch), partial(loss_func, batch["loss_mask"], model=model)
-
-def provider(sizes):
-    return BlendedMegatronDatasetBuilder(cls, sizes, lambda: True, config).build()
-"""
-
-
-def training_log(loss_dict, total_loss_dict, iteration, skipped_iter, is_first_iteration=False):
-    """As Megatron-LM 0.19 sums losses over a log interval, and what it prints (before, means above 0 alone)."""
-    assert not skipped_iter or not any(value.isnan() for value in loss_dict.values()), "counted as NaN iteration"
-    if not skipped_iter:
-        total_loss_dict["advanced"] = total_loss_dict.get("advanced", 0) + 1
-        for key in loss_dict:
-            total_loss_dict[key] = total_loss_dict.get(key, torch.tensor([0.0])) + loss_dict[key]
-    printed = {}
-    if iteration % 4 == 0 or is_first_iteration:
-        for key in set(total_loss_dict) - {"advanced"}:
-            mean = total_loss_dict[key].item() / max(1, total_loss_dict["advanced"])
-            printed[key] = round(mean, 4)
-            if not is_first_iteration:
-                total_loss_dict[key] = torch.tensor([0.0])
-        if not is_first_iteration:
-            total_loss_dict["advanced"] = 0
-    return printed
-
-
-class Host:
-    """A script, its pretrain, and the arguments that megatron.training.get_args returns."""
-
-    def __init__(self, monkeypatch, config, cls=GPTDataset, script=SCRIPT):
-        self.args = Namespace(**ARGS, seq_length=config.sequence_length)
-        self.steps = []
-        training, checkpointing = (
-            types.ModuleType("megatron.training"),
-            types.ModuleType("megatron.training.checkpointing"),
-        )
-        training.get_args, training.pretrain, training.checkpointing = lambda: self.args, self.pretrain, checkpointing
-        training.training = types.ModuleType("megatron.training.training")
-        training.training.training_log = training_log
-        training.training.save_checkpoint = lambda *args: None
-        checkpointing.check_checkpoint_args = lambda checkpoint_args: None
-        self.checkpointing = checkpointing
-        monkeypatch.setitem(sys.modules, "megatron.training", training)
-        monkeypatch.setitem(sys.modules, "megatron.training.training", training.training)
-        monkeypatch.setitem(sys.modules, "megatron.training.checkpointing", checkpointing)
-        monkeypatch.setattr(sys.modules["megatron"], "training", training, raising=False)
-        self.script = {"cls": cls, "config": config}
-        exec(script, self.script)
-
-    def pretrain(self, train_valid_test_dataset_provider, model_type, forward_step_func, resumed=None):
-        if resumed is not None:
-            self.checkpointing.check_checkpoint_args(resumed)
-        data = train_valid_test_dataset_provider([8, 0, 0])[0]
-        for i in range(4):
-            sample = data[i]
-
-            def model(batch):
-                return torch.arange(1.0, 1 + batch["loss_mask"].numel())
-
-            output, loss_func = forward_step_func(iter([sample]), model)
-            self.steps.append((sample["loss_mask"], loss_func(output)))
-        return "trained"
-
-    def run(self, host, **kwargs):
-        return host.hook(self.pretrain)(self.script["provider"], "gpt", self.script["forward_step"], **kwargs)
-
-
-@pytest.fixture
-def config(write_corpus, tmp_path):
-    from tests.helpers.references import PositionTokenizer
-
-    prefix = write_corpus(np.array([5, 70, 33, 9, 120, 64, 40, 11, 90], np.int32))
-    return GPTDatasetConfig(
-        random_seed=3,
-        sequence_length=32,
-        blend=([prefix], None),
-        split="1,0,0",
-        tokenizer=PositionTokenizer(),
-        path_to_cache=str(tmp_path / "cache"),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-
-
-UNMASKED = ExactConfig(enabled=True, alpha=0.5, allow_unmasked_documents=True)
 
 
 def test_the_hook_weights_the_loss_and_gives_everything_back(monkeypatch, config, capsys):
@@ -598,7 +495,14 @@ def test_doctor_fits_a_screen_and_fails_for_a_run_that_would(capsys, write_corpu
     prefix = write_corpus(np.array([100, 300, 64], np.int32))
     checkout(tmp_path)
     script = str(tmp_path / "pretrain_gpt.py")
-    line = ["doctor", ON, script, "--data-path", prefix, *"--seq-length 64 --bf16 --attention-dropout 0".split()]
+    line = [
+        "doctor",
+        ON,
+        script,
+        "--data-path",
+        prefix,
+        *f"{MODEL} --seq-length 64 --bf16 --attention-dropout 0".split(),
+    ]
     assert main([*line, "--reset-attention-mask", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["run"]["tau"] == 16 and 0 < report["run"]["tail_share"] < report["run"]["weighted_tail_share"] < 1
@@ -643,7 +547,7 @@ def test_doctor_fails_for_what_the_launcher_refuses(more, words, capsys, write_c
     prefix = write_corpus(np.array([50, 30, 64] * 8, np.int32))
     checkout(tmp_path)
     script = str(tmp_path / "pretrain_gpt.py")
-    flags = "--seq-length 64 --attention-dropout 0 --reset-attention-mask".split()
+    flags = f"{MODEL} --seq-length 64 --attention-dropout 0 --reset-attention-mask".split()
     line = ["doctor", ON, script, "--data-path", prefix, *flags]
     assert main(line) == 0
     assert "nothing: EXACT would start this run" in capsys.readouterr().out

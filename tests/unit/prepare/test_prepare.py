@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from exact_megatron.prepare import command as options
+from exact_megatron.prepare import encode, formats
 from exact_megatron.prepare import files as input_files
-from exact_megatron.prepare import formats
 from exact_megatron.prepare import prepare as room
 from exact_megatron.prepare import shards as input_shards
 from exact_megatron.prepare import tokenizer as tokenizer_module
@@ -431,7 +432,7 @@ def test_workers_and_start_method_do_not_change_the_bytes(tmp_path):
 
 
 def kill_after_two_parts(path, output):
-    write_part, written = room._write_part, []
+    write_part, written = encode.write_part, []
 
     def write_and_kill(*args):
         if len(written) == 2:
@@ -439,7 +440,7 @@ def kill_after_two_parts(path, output):
         write_part(*args)
         written.append(args[1])
 
-    room._write_part = write_and_kill
+    encode.write_part = write_and_kill
     prepare(path, output, shard_bytes=300)
 
 
@@ -447,7 +448,9 @@ def test_killed_run_is_resumed(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     whole = []
     with monkeypatch.context() as patch:
-        patch.setattr(room, "_write_part", lambda *args, write=room._write_part: (whole.append(args[1]), write(*args)))
+        patch.setattr(
+            encode, "write_part", lambda *args, write=encode.write_part: (whole.append(args[1]), write(*args))
+        )
         prepare(path, tmp_path / "whole" / "out", shard_bytes=300)
     shards = len(whole)
     output = tmp_path / "killed" / "out"
@@ -460,8 +463,8 @@ def test_killed_run_is_resumed(tmp_path, monkeypatch):
     assert len([p for p in parts.glob("*.json") if p.name != "settings.json"]) == 2
 
     shutil.copytree(tmp_path / "killed", tmp_path / "other")
-    write_part, written = room._write_part, []
-    monkeypatch.setattr(room, "_write_part", lambda *args: (written.append(args[1]), write_part(*args)))
+    write_part, written = encode.write_part, []
+    monkeypatch.setattr(encode, "write_part", lambda *args: (written.append(args[1]), write_part(*args)))
     prepare(path, output, shard_bytes=300)
     assert len(written) == shards - 2
     assert read_all(output) == read_all(tmp_path / "whole" / "out")
@@ -497,7 +500,7 @@ def test_up_to_date_other_settings_and_overwrite(tmp_path, monkeypatch, capsys):
     path, output = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "out"
     first = prepare(path, output)
     with monkeypatch.context() as patch:
-        patch.setattr(room, "_encode_all", None)  # any work would fail
+        patch.setattr(room, "encode_all", None)  # any work would fail
         assert prepare(path, output, quiet=False, workers=1) == first
         assert "up to date" in capsys.readouterr().err
     with raises(FileExistsError, "out.idx", "--overwrite"):
@@ -538,8 +541,8 @@ def test_second_process_is_refused(tmp_path):
 
 def parts_of(monkeypatch):
     """The names of the parts that are written from here on."""
-    written, write = [], room._write_part
-    monkeypatch.setattr(room, "_write_part", lambda *args: (written.append(args[1]), write(*args)))
+    written, write = [], encode.write_part
+    monkeypatch.setattr(encode, "write_part", lambda *args: (written.append(args[1]), write(*args)))
     return written
 
 
@@ -775,7 +778,7 @@ def test_damaged_parts_name_the_folder_to_remove(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     parts = tmp_path / "out.parts"
     with monkeypatch.context() as patch:
-        patch.setattr(room, "_join_parts", None)
+        patch.setattr(room, "join_parts", None)
         with pytest.raises(TypeError):
             prepare(path, tmp_path / "out")
     damaged = [parts / "settings.json", next(p for p in parts.glob("*.json") if p.name != "settings.json")]
@@ -825,7 +828,7 @@ def test_tokenizer_sample_is_bounded_and_leaves_out_held_out_documents(tmp_path,
 
 def test_command_line(tmp_path, capsys):
     parser = argparse.ArgumentParser()
-    room.add_arguments(parser)
+    options.add_arguments(parser)
     path, output = write_jsonl(tmp_path / "a.jsonl", TEXTS), str(tmp_path / "out")
     command = [
         str(path),
@@ -838,11 +841,11 @@ def test_command_line(tmp_path, capsys):
         "--workers",
         "1",
     ]
-    assert room.run(parser.parse_args(command)) == 0
+    assert options.run(parser.parse_args(command)) == 0
     assert "documents" in capsys.readouterr().out
-    assert room.run(parser.parse_args([*command, "--seed", "3"])) == 2
+    assert options.run(parser.parse_args([*command, "--seed", "3"])) == 2
     assert "out.idx exists" in capsys.readouterr().err
-    assert room.run(parser.parse_args([*command, "--seed", "3", "--overwrite"])) == 0
+    assert options.run(parser.parse_args([*command, "--seed", "3", "--overwrite"])) == 0
     assert sorted(documents(output) + documents(f"{output}_valid")) == sorted(TEXTS)
     with pytest.raises(SystemExit):
         parser.parse_args([str(path), "--output", output])
@@ -850,16 +853,16 @@ def test_command_line(tmp_path, capsys):
 
 def test_strict_says_by_its_exit_code_that_something_was_left_out(tmp_path, capsys):
     parser = argparse.ArgumentParser()
-    room.add_arguments(parser)
+    options.add_arguments(parser)
     path, binary = write_jsonl(tmp_path / "a.jsonl", TEXTS), tmp_path / "b.txt"
     binary.write_bytes(b"\0")
     command = ["--output", str(tmp_path / "out"), "--train-tokenizer", "300", "--workers", "1"]
-    assert room.run(parser.parse_args([str(path), *command, "--strict"])) == 0
+    assert options.run(parser.parse_args([str(path), *command, "--strict"])) == 0
     command = [str(path), str(binary), *command, "--overwrite"]
-    assert room.run(parser.parse_args(command)) == 0
+    assert options.run(parser.parse_args(command)) == 0
     assert f"left out: {binary}: binary" in capsys.readouterr().err
-    assert room.run(parser.parse_args([*command, "--strict"])) == 3
-    assert room.run(parser.parse_args([*command[:-1], "--strict"])) == 3  # up to date
+    assert options.run(parser.parse_args([*command, "--strict"])) == 3
+    assert options.run(parser.parse_args([*command[:-1], "--strict"])) == 3  # up to date
     assert f"left out: {binary}: binary" in capsys.readouterr().err
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from exact_megatron import ExactConfig, ExposureCensus, WeightTable
 from exact_megatron.reporting import census as room
-from exact_megatron.reporting import comparison, style
+from exact_megatron.reporting import comparison_report, style
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
@@ -173,7 +173,7 @@ def cells(text, first):
 
 def test_report_repeats_the_numbers_of_the_runs(tmp_path, capsys):
     census, table = hand_made(tmp_path / "pair")
-    path = comparison.write_report(tmp_path / "pair")
+    path = comparison_report.write_report(tmp_path / "pair")
     text = path.read_text()
     assert path == tmp_path / "pair" / "report.md"
     assert cells(text, "0-7")[0] == ["0-7", "10", "4.1000", "4.2004", "+0.1004", ""]
@@ -202,7 +202,7 @@ def test_report_repeats_the_numbers_of_the_runs(tmp_path, capsys):
 def test_report_without_facts_leaves_out_what_it_does_not_know(tmp_path, capsys):
     hand_made(tmp_path / "pair")
     (tmp_path / "pair" / "comparison.json").unlink()
-    text = comparison.write_report(tmp_path / "pair", quiet=True).read_text()
+    text = comparison_report.write_report(tmp_path / "pair", quiet=True).read_text()
     assert "None" not in text and "`base` is a model, trained on 1,536 tokens" in text
     assert not cells(text, "CPU")
     assert capsys.readouterr().out == ""
@@ -272,7 +272,7 @@ def test_report_refuses_runs_that_are_no_pair(tmp_path, spoil, message):
     hand_made(tmp_path / "pair")
     spoil(tmp_path / "pair")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        comparison.write_report(tmp_path / "pair", quiet=True)
+        comparison_report.write_report(tmp_path / "pair", quiet=True)
 
 
 def test_markdown_table():
