@@ -119,7 +119,7 @@ def _main(given: list[str]) -> int:
             f"exact-megatron: error: argument {where}: the name is empty: is a variable of the shell unset?",
             file=sys.stderr,
         )
-        raise SystemExit(2)  # as argparse does
+        return 2
     if given[:2] == ["evaluate", "compare"]:  # a parser of its own: `evaluate`'s options are about one model
         given = ["evaluate compare", *given[2:]]
     name = next((word for word in given if not word.startswith("-")), "")
