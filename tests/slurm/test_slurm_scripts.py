@@ -229,7 +229,7 @@ def test_paired_training_is_requeued_after_a_signal_and_not_after_a_failure(slur
 
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
-for word in $*; do case $word in proof.json | */proof.json | */pytest.xml | */cells.jsonl | */ceiling.json) last=${word##*/} ;; esac; done
+for word in $*; do case $word in proof.json | */proof.json | */tests.jsonl | */cells.jsonl | */ceiling.json) last=${word##*/} ;; esac; done
 if [ "$INTERRUPT" = "${last:-}" ]; then read -r _ _ _ script _ </proc/$PPID/stat && kill -INT "$script"; fi
 case ${last:-} in "${FAILS%:*}") exit "${FAILS#*:}" ;; esac
 """
@@ -241,7 +241,7 @@ case ${last:-} in "${FAILS%:*}") exit "${FAILS#*:}" ;; esac
         ({}, "proof tests 7xcells ceiling profile profile_fused report", 0),
         ({"FAILS": "proof.json:2"}, "proof report", 2),
         ({"FAILS": "proof.json:1"}, "proof tests 7xcells ceiling profile profile_fused report", 0),
-        ({"FAILS": "pytest.xml:1"}, "proof tests report", 1),
+        ({"FAILS": "tests.jsonl:1"}, "proof tests report", 1),
         ({"FAILS": "cells.jsonl:1"}, "proof tests 7xcells ceiling profile profile_fused report", 1),
         ({"FAILS": "cells.jsonl:2"}, "proof tests 7xcells ceiling profile profile_fused report", 2),
         ({"FAILS": "cells.jsonl:130"}, "proof tests 1xcells report", 130),
@@ -259,12 +259,12 @@ def test_order_of_the_gpu_benchmark(slurm, settings, run, code):
     calls = (slurm.folder / "calls").read_text()
     assert not (slurm.folder / "srun.calls").exists()
     found = [
-        word for word in ("proof.json", "pytest.xml", "cells.jsonl", "ceiling.json", "profile.jsonl") if word in calls
+        word for word in ("proof.json", "tests.jsonl", "cells.jsonl", "ceiling.json", "profile.jsonl") if word in calls
     ]
     cells = f"{calls.count('cells.jsonl')}xcells"
     names = {
         "proof.json": "proof",
-        "pytest.xml": "tests",
+        "tests.jsonl": "tests",
         "cells.jsonl": cells,
         "ceiling.json": "ceiling",
         "profile.jsonl": "profile",
