@@ -60,9 +60,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Raises ValueError: see read_outcomes."""
+    """Raises pytest.UsageError: see read_outcomes."""
+    from pytest import UsageError
+
     if (path := config.getoption("--outcomes")) is not None:
-        config.pluginmanager.register(Recorder(path, config.rootpath / "tests"))
+        try:
+            config.pluginmanager.register(Recorder(path, config.rootpath / "tests"))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
 class Recorder:

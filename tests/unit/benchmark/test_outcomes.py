@@ -62,6 +62,8 @@ def test_interrupted_calls_go_on(tmp_path):
         file.write("# other code\n")
     code, found = call()
     assert code == 0 and len(found) == 8 and all(outcome == "passed" for _, outcome in found[1::2])
+    record.write_text(record.read_text() + '{"code')
+    assert pytest.main(["-p", "exact_megatron.benchmark.outcomes", *options.split()]) == pytest.ExitCode.USAGE_ERROR
 
 
 def test_outcomes_of_other_code_or_another_gpu_do_not_count(tmp_path):
