@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -683,3 +684,16 @@ def test_stages_refuse_what_they_do_not_understand(slurm, arguments, message):
     done = stages(slurm, arguments=arguments)
     assert done.returncode == 2 and message in done.stderr
     assert not (slurm.folder / "sbatch.calls").exists()
+
+
+def test_the_gpu_tests_that_others_rest_on_come_first(slurm, capsys):
+    """pytest's own order of what the script asks for."""
+    (slurm.folder / "bin" / "python").write_text(PYTHON)
+    (slurm.folder / "bin" / "python").chmod(0o755)
+    slurm("gpu_benchmark.sbatch", "run", "tests", SLURM_JOB_ID="", FAILS="none:0", INTERRUPT="never")
+    asked = next(line for line in (slurm.folder / "calls").read_text().splitlines() if "-m pytest" in line).split()
+    files = [word for word in asked if "/tests/gpu" in word]
+    pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "", *files])
+    found = dict.fromkeys(re.findall(r"^tests/gpu/test_(\w+)\.py", capsys.readouterr().out, re.MULTILINE))
+    names = {path.stem.removeprefix("test_") for path in (SCRIPTS.parent / "tests" / "gpu").glob("test_*.py")}
+    assert list(found)[:3] == ["gpu_attention", "model", "training"] and set(found) == names
