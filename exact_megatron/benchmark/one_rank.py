@@ -31,11 +31,19 @@ STEP_FORCED = [
 
 @contextmanager
 def one_rank(args: argparse.Namespace, steps: int, forced: Sequence[str]) -> Iterator[tuple[Any, Any]]:
-    """(settings, Trainer) of a benchmark that trains `steps` steps on synthetic documents, or on the data of --config."""
+    """(settings, Trainer) of a benchmark that trains `steps` steps on synthetic documents, or on the data of --config.
+
+    Raises:
+        ValueError: this process is a rank, or was one for another benchmark: megatron-core's DDP keeps a model in memory until its
+            process ends, so that the peaks of the next would count it.
+    """
     from ..training.config import load_config
 
     if is_rank():
-        raise ValueError(f"`exact-megatron benchmark {args.benchmark}` is one rank: start it without torchrun or srun")
+        raise ValueError(
+            f"`exact-megatron benchmark {args.benchmark}` is one rank, in a process of its own: start it without torchrun or srun, "
+            "and each benchmark by a command of its own"
+        )
     with tempfile.TemporaryDirectory() as folder:
         defaults = [] if args.config else [*STEP_DEFAULTS, f"model.data.data_prefix=[{folder}/corpus]"]
         forced = [*STEP_FORCED, *forced, f"model.data.index_mapping_dir={folder}/cache"]

@@ -28,7 +28,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def record(record_property):
-    """record(name=value, ...): what a test measured, in the report that pytest writes with --junitxml."""
+    """record(name=value, ...): what a test measured, in --outcomes (exact_megatron/benchmark/outcomes.py)."""
 
     def write(**values):
         for name, value in values.items():

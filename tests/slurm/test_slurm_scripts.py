@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -229,7 +230,7 @@ def test_paired_training_is_requeued_after_a_signal_and_not_after_a_failure(slur
 
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
-for word in $*; do case $word in proof.json | */proof.json | */pytest.xml | */cells.jsonl | */ceiling.json) last=${word##*/} ;; esac; done
+for word in $*; do case $word in proof.json | */proof.json | */tests.jsonl | */cells.jsonl | */ceiling.json) last=${word##*/} ;; esac; done
 if [ "$INTERRUPT" = "${last:-}" ]; then read -r _ _ _ script _ </proc/$PPID/stat && kill -INT "$script"; fi
 case ${last:-} in "${FAILS%:*}") exit "${FAILS#*:}" ;; esac
 """
@@ -241,7 +242,7 @@ case ${last:-} in "${FAILS%:*}") exit "${FAILS#*:}" ;; esac
         ({}, "proof tests 7xcells ceiling profile profile_fused report", 0),
         ({"FAILS": "proof.json:2"}, "proof report", 2),
         ({"FAILS": "proof.json:1"}, "proof tests 7xcells ceiling profile profile_fused report", 0),
-        ({"FAILS": "pytest.xml:1"}, "proof tests report", 1),
+        ({"FAILS": "tests.jsonl:1"}, "proof tests report", 1),
         ({"FAILS": "cells.jsonl:1"}, "proof tests 7xcells ceiling profile profile_fused report", 1),
         ({"FAILS": "cells.jsonl:2"}, "proof tests 7xcells ceiling profile profile_fused report", 2),
         ({"FAILS": "cells.jsonl:130"}, "proof tests 1xcells report", 130),
@@ -259,12 +260,12 @@ def test_order_of_the_gpu_benchmark(slurm, settings, run, code):
     calls = (slurm.folder / "calls").read_text()
     assert not (slurm.folder / "srun.calls").exists()
     found = [
-        word for word in ("proof.json", "pytest.xml", "cells.jsonl", "ceiling.json", "profile.jsonl") if word in calls
+        word for word in ("proof.json", "tests.jsonl", "cells.jsonl", "ceiling.json", "profile.jsonl") if word in calls
     ]
     cells = f"{calls.count('cells.jsonl')}xcells"
     names = {
         "proof.json": "proof",
-        "pytest.xml": "tests",
+        "tests.jsonl": "tests",
         "cells.jsonl": cells,
         "ceiling.json": "ceiling",
         "profile.jsonl": "profile",
@@ -683,3 +684,16 @@ def test_stages_refuse_what_they_do_not_understand(slurm, arguments, message):
     done = stages(slurm, arguments=arguments)
     assert done.returncode == 2 and message in done.stderr
     assert not (slurm.folder / "sbatch.calls").exists()
+
+
+def test_the_gpu_tests_that_others_rest_on_come_first(slurm, capsys):
+    """pytest's own order of what the script asks for."""
+    (slurm.folder / "bin" / "python").write_text(PYTHON)
+    (slurm.folder / "bin" / "python").chmod(0o755)
+    slurm("gpu_benchmark.sbatch", "run", "tests", SLURM_JOB_ID="", FAILS="none:0", INTERRUPT="never")
+    asked = next(line for line in (slurm.folder / "calls").read_text().splitlines() if "-m pytest" in line).split()
+    files = [word for word in asked if "/tests/gpu" in word]
+    pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "", *files])
+    found = dict.fromkeys(re.findall(r"^tests/gpu/test_(\w+)\.py", capsys.readouterr().out, re.MULTILINE))
+    names = {path.stem.removeprefix("test_") for path in (SCRIPTS.parent / "tests" / "gpu").glob("test_*.py")}
+    assert list(found)[:3] == ["gpu_attention", "model", "training"] and set(found) == names

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -91,6 +92,29 @@ def test_qk_timing(tmp_path):
     slowed = (8 + 4) * 4 * 32  # queries and keys of the second layer
     assert result["setup"].startswith(f"{slowed:,} parameters slowed")
     assert memory["own"] == slowed * 4 / 2**20 and 0 < memory["ratio"] < 1
+
+
+ONE_MODEL = """
+import sys
+
+from exact_megatron.cli import main
+from exact_megatron.training import trainer
+
+built, build = [], trainer.build_model
+trainer.build_model = lambda *args: built.append(args) or build(*args)
+small = "num_layers=1 hidden_size=32 ffn_hidden_size=32 micro_batch_size=1 global_batch_size=1 data.seq_length=64".split()
+overrides = ["trainer.accelerator=cpu", *(f"model.{setting}" for setting in small)]
+codes = [main(["benchmark", name, "--steps", "1", *overrides]) for name in sys.argv[1:]]
+print("codes", codes, "models", len(built))
+"""
+
+
+@pytest.mark.parametrize("first, second", [("step", "qk-timing"), ("qk-timing", "step")])
+def test_a_process_holds_one_model(first, second):
+    """All arms of a benchmark are of one model; another benchmark, whose peaks would count it, is rejected before it builds one."""
+    done = run(["-c", ONE_MODEL, first, second])
+    assert re.search(r"codes \[[01], 2\] models 1$", done.stdout, re.MULTILINE), done.stdout + done.stderr
+    assert f"`exact-megatron benchmark {second}` is one rank, in a process of its own" in done.stderr
 
 
 def test_sizes_must_be_positive(capsys):

@@ -55,13 +55,27 @@ def invented_cell(precision, ratio, memory, window=8192, overrides=()):
     return cell
 
 
-PYTEST = """<?xml version="1.0" encoding="utf-8"?><testsuites><testsuite name="pytest">
-<testcase classname="tests.gpu.test_model" name="test_a"><properties><property name="error" value="0.0021"/></properties></testcase>
-<testcase classname="tests.gpu.test_model" name="test_b[bf16]"><failure message="assert 1 &lt; 0&#10;too far">long</failure></testcase>
-<testcase classname="tests.gpu.test_model" name="test_c"><error message="no kernel">long</error></testcase>
-<testcase classname="tests.gpu.test_model" name="test_d"><skipped type="pytest.skip" message="needs two">x</skipped></testcase>
-</testsuite></testsuites>
-"""
+def outcome(test, outcome, message="", code="now", **measured):
+    kind = {"code": code, "GPU": FIXTURE["GPU"], "date": FIXTURE["date"]}
+    return kind | {
+        "test": f"tests/gpu/test_model.py::{test}",
+        "outcome": outcome,
+        "message": message,
+        "measured": measured,
+    }
+
+
+# Two calls: the first was interrupted in test_b and had test_e hang; the second did what was left. Before them other code.
+TESTS = [
+    outcome("test_a", "failed", "of other code", code="before"),
+    outcome("test_a", "begun"),
+    outcome("test_a", "passed", error="0.0021"),
+    outcome("test_b[bf16]", "begun"),
+    outcome("test_b[bf16]", "failed", "assert 1 < 0 too far"),
+    outcome("test_c", "failed", "no kernel"),
+    outcome("test_d", "skipped", "needs two"),
+    outcome("test_e", "begun"),
+]
 
 
 @pytest.fixture
@@ -84,7 +98,7 @@ def results(tmp_path):
     write(
         "proof.json", json.dumps(FIXTURE | {"setup": "invented", "rows": [], "arms": {"tiny 1K bf16": "tokens 9r00f"}})
     )
-    write("pytest.xml", PYTEST)
+    write("tests.jsonl", "".join(json.dumps(line) + "\n" for line in TESTS))
     run = {
         "seed": 7,
         "arm": "exact",
@@ -131,6 +145,7 @@ def test_report_of_a_fixture(results, tmp_path):
         "pytest: 1 passed, 2 failed, 1 skipped.",
         "* test_model::test_b[bf16]: assert 1 < 0 too far",
         "* test_model::test_c: no kernel",
+        "* test_model::test_e: began and did not end",
         "| test_model::test_a | error 0.0021 |",
         "tokens of a segment by window: 8,192: median 400, mean 830",
         "    name, driver fixture\n    second line\n",
@@ -148,11 +163,11 @@ def test_report_of_a_fixture(results, tmp_path):
         "A fixture.",
     ):
         assert words in text, words
-    assert text.count("**missed**") == 2 and "Not measured" not in text
+    assert text.count("**missed**") == 2 and "Not measured" not in text and "of other code" not in text
 
 
 def test_report_says_what_is_missing(results, tmp_path):
-    for name in ("cells.jsonl", "paired_training.json", "proof.json", "pytest.xml"):
+    for name in ("cells.jsonl", "paired_training.json", "proof.json", "tests.jsonl"):
         (results / name).unlink()
     assert gpu_report.write(results, tmp_path / "docs").read_text().count("Not measured.") == 3
     (results / "ceiling.json").write_text(json.dumps(FIXTURE | {"GPU": "another", "setup": "", "rows": []}))
