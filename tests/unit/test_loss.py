@@ -136,7 +136,7 @@ def test_a_mark_that_is_exactly_1_proves_nothing():
     counts = np.zeros(S + 1, np.int64)
     counts[[0, 8, 16, 32]] = 10_000_000, 20_940_547, 30_000_000, 20_000_000
     table = WeightTable.from_counts(counts, S, tau=0)
-    assert table.marks[1] == 1 and (table.marks != 1).sum() == 3
+    assert table.bucket_markers[1] == 1 and (table.bucket_markers != 1).sum() == 3
     number, message = calls_until_stopped(hooked(table), repeated(then=torch.ones(3, S)))
     assert number <= 64 and "no weight of the tail in the last" in message
     assert calls_until_stopped(hooked(table), repeated(then=batch(table)[2]), limit=300)[0] is None
