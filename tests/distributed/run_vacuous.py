@@ -13,7 +13,7 @@ import sys
 from unittest import mock
 
 SIZES = "num_layers=1 hidden_size=32 ffn_hidden_size=32 micro_batch_size=1 global_batch_size=2 data.seq_length=64"
-OVERRIDES = ["trainer.accelerator=cpu", *(f"model.{setting}" for setting in SIZES.split())]
+OVERRIDES = ["trainer.accelerator=cpu", "model.data.num_workers=0", *(f"model.{setting}" for setting in SIZES.split())]
 UNSCALED = "model.exact.normalization=none"  # the table has the weight 1, so that the hook takes unweighted data
 
 

@@ -25,7 +25,13 @@ BOUNDS = {
 def checked(*precisions):
     """One process for all precisions of a device: its imports take longer than the check."""
     script = Path(__file__).with_name("model_check.py")
-    env = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+    root = str(Path(__file__).parents[2])  # for tests.gpu.small
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+        "TORCH_COMPILE_DISABLE": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, script, f"{folder}/found.json", *precisions]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)

@@ -1,6 +1,7 @@
 """The record of tests' outcomes over several calls of pytest."""
 
 import json
+import signal
 
 import pytest
 
@@ -32,7 +33,15 @@ def test_last(): pass
 """
 
 
-def test_interrupted_calls_go_on(tmp_path):
+@pytest.fixture
+def heard():
+    """SIGINT is ignored in a background shell, and Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupted_calls_go_on(tmp_path, heard):
     """INT comes in the second test: its record is kept, it comes last in the next call, and what has passed is not run again."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_small.py").write_text(TESTS)
