@@ -60,7 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     throughput.add_arguments(parser)
     options = vars(parser.parse_args(["--step-tokens=128", "--micro-tokens=64", "--blocks=1"]))
-    options["overrides"] = ["model.data.num_workers=0"]  # loader processes outlive their loader here, and are waited for
+    options["overrides"] = [
+        "model.data.num_workers=0"
+    ]  # loader processes outlive their loader here, and are waited for
     cell = {"geometry": "tiny", "window": 64, "precision": "fp32"}
     job = {"job": "cell", "options": options, "cell": cell, "layers": 1, "peak": None}
     run_job = functools.partial(jobs.run_job, write=lambda _: None)
