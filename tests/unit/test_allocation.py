@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from exact_megatron import ExactConfig, ExposureCensus, WeightTable, allocation, log2_bucket_edges
@@ -36,9 +36,12 @@ COUNTS = st.lists(st.integers(0, 10**9), min_size=10, max_size=10).filter(lambda
 def test_budget_mean_and_formula(bucket_counts, alpha, gamma, normalization):
     seq_length, tau = 4096, 1024
     counts = counts_for(bucket_counts, seq_length)
-    table = WeightTable.from_counts(counts, seq_length, alpha=alpha, gamma=gamma, normalization=normalization)
     edges = log2_bucket_edges(seq_length)
     expected = reference_weights(bucket_counts, edges, alpha, gamma, tau, 1e-8)
+    assume(
+        max(expected.values()) < 2**23
+    )  # wider ones are rejected, see test_a_budget_that_float32_cannot_carry_is_refused
+    table = WeightTable.from_counts(counts, seq_length, alpha=alpha, gamma=gamma, normalization=normalization)
     for bucket, weight in expected.items():
         assert table.bucket_weights[bucket] == pytest.approx(weight, rel=1e-12)
     assert (table.bucket_weights[:8] == 1).all()
