@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..utils.environment import environment
+from ..utils.files import json_lines
 
 if TYPE_CHECKING:
     import pytest
@@ -28,13 +29,7 @@ def read_outcomes(path: Path) -> list[Outcome]:
     Raises:
         ValueError: one is no JSON.
     """
-    found = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is no JSON ({error}): remove the line, it was cut off") from error
-    return found
+    return json_lines(path)
 
 
 def last_outcomes(lines: list[Outcome], code: str, gpu: str) -> dict[str, Outcome]:

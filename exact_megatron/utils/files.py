@@ -73,3 +73,18 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         return json_object(path)
     except FileNotFoundError:
         return {}
+
+
+def json_lines(path: str | os.PathLike[str]) -> list[Any]:
+    """The values of a file with one in each line, none where there is no file.
+
+    Raises:
+        ValueError: a line is no JSON; names it.
+    """
+    found = []
+    for number, line in enumerate(Path(path).read_text().splitlines() if Path(path).exists() else [], 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is no JSON ({error}): remove the line, it was cut off") from error
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...packing import read_index
 from ...planning.memory import memory
 from ...utils.environment import GIB, environment
+from ...utils.files import json_lines
 from ..arms import digest
 from ..geometry import GEOMETRIES
 from ..one_rank import STEP_FORCED
@@ -163,10 +163,5 @@ def measured_cells(path: str | None) -> list[Result]:
     Raises:
         ValueError: a line is no JSON.
     """
-    results = []
-    for number, line in enumerate(Path(path).read_text().splitlines() if path and Path(path).exists() else [], 1):
-        try:
-            results.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is no JSON ({error}): remove the line, it was cut off") from error
+    results = json_lines(path) if path else []
     return [result for result in results if "proof" in result and "asked" in result]
